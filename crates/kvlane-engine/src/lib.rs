@@ -1,0 +1,1 @@
+//! A model of an inference engine: block pool, eviction, timing, event encoders.

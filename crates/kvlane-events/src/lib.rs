@@ -1,0 +1,1 @@
+//! Engine bytes to KV-cache events: wire decoders and the stream state machine.

@@ -1,0 +1,1 @@
+//! OpenAI requests to exactly the tokens that the engine sees.

@@ -1,0 +1,1 @@
+//! Load ledger and the choice of a worker: filter, score, pick.

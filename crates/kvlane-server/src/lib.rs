@@ -1,0 +1,1 @@
+//! Sockets around the pure crates: event ingest, fleet, gateway, metrics.

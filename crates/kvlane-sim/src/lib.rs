@@ -1,0 +1,1 @@
+//! Deterministic simulation of a fleet on request traces.

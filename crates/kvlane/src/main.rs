@@ -1,0 +1,3 @@
+//! The `kvlane` command.
+
+fn main() {}
