@@ -1,0 +1,249 @@
+//! What is in flight at each worker: prefill still to be computed, and requests that decode.
+//!
+//! A request is booked when its worker is chosen, reports its first token and its output, and is ended once by its owner's guard. Nothing
+//! expires by time: a long answer is load until it ends. Blocks that running requests share are counted once, by opaque prefix ids.
+
+use crate::RequestId;
+use kvlane_index::Worker;
+use std::collections::HashMap;
+use std::fmt;
+
+/// Work in flight at one worker.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct Load {
+    /// Requests booked and without a first token.
+    pub prefill_requests: u32,
+    /// Prompt tokens that those still have to compute.
+    pub prefill_tokens: u64,
+    /// Milliseconds that their prefill was expected to take, when each was booked.
+    pub prefill_ms: f64,
+    /// Requests that had their first token and have not ended.
+    pub decode_requests: u32,
+    /// Tokens in the contexts of those: prompt and output so far.
+    pub decode_tokens: u64,
+    /// Tokens of device memory that requests in flight occupy; shared prefixes once.
+    pub kv_tokens: u64,
+    /// The number of the latest booking here, counted over all workers from 1; 0 = none yet.
+    pub last_booking: u64,
+}
+
+impl Load {
+    /// Requests in flight.
+    pub const fn requests(&self) -> u32 {
+        self.prefill_requests + self.decode_requests
+    }
+}
+
+/// What is reserved for one request.
+#[derive(Clone, Copy, Debug)]
+pub struct Booking<'a> {
+    /// For which request.
+    pub id: RequestId,
+    /// Where.
+    pub worker: Worker,
+    /// Length of its prompt.
+    pub prompt_tokens: u32,
+    /// How many of those are expected to come from a cache.
+    pub cached_tokens: u32,
+    /// What the rest is expected to take.
+    pub prefill_ms: f64,
+    /// Output tokens expected.
+    pub output_tokens: u32,
+    /// Opaque prefix ids of its leading blocks, see [`crate::Request::blocks`].
+    pub blocks: &'a [u64],
+    /// Tokens that each id stands for.
+    pub block_id_tokens: u32,
+}
+
+/// Why a request could not be booked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BookError {
+    /// This id is in flight already: the caller made ids that are not unique. Nothing was booked.
+    Duplicate,
+}
+
+impl fmt::Display for BookError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Duplicate => f.write_str("a request of this id is in flight already"),
+        }
+    }
+}
+
+impl std::error::Error for BookError {}
+
+/// One request in flight.
+#[derive(Debug)]
+pub(crate) struct InFlight {
+    pub(crate) worker: Worker,
+    pub(crate) prompt_tokens: u32,
+    pub(crate) cached_tokens: u32,
+    pub(crate) prefill_ms: f64,
+    /// Output tokens so far; `None` before the first.
+    pub(crate) output: Option<u32>,
+    /// Tokens of the prompt that no block id covers.
+    tail_tokens: u32,
+    blocks: Vec<u64>,
+}
+
+/// One worker's side of the ledger.
+#[derive(Debug, Default)]
+struct Account {
+    load: Load,
+    /// Requests in flight that hold each block, and the tokens that it was counted as.
+    holders: HashMap<u64, (u32, u32)>,
+    /// Forget it when nothing is in flight any more.
+    retired: bool,
+}
+
+/// Everything in flight, by worker.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    accounts: HashMap<Worker, Account>,
+    requests: HashMap<RequestId, InFlight>,
+    bookings: u64,
+}
+
+impl Ledger {
+    /// An empty ledger.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The load of `worker`; all zero if it never had any.
+    pub fn load(&self, worker: Worker) -> Load {
+        self.accounts.get(&worker).map(|a| a.load).unwrap_or_default()
+    }
+
+    /// Every worker that ever had load and has not been forgotten, in no order.
+    pub fn loads(&self) -> impl Iterator<Item = (Worker, Load)> + '_ {
+        self.accounts.iter().map(|(w, a)| (*w, a.load))
+    }
+
+    /// Requests in flight.
+    pub fn requests(&self) -> usize {
+        self.requests.len()
+    }
+
+    /// Where a request in flight was booked.
+    pub fn worker_of(&self, id: RequestId) -> Option<Worker> {
+        self.requests.get(&id).map(|r| r.worker)
+    }
+
+    /// Reserves the work of a request.
+    pub fn book(&mut self, booking: &Booking<'_>) -> Result<(), BookError> {
+        if self.requests.contains_key(&booking.id) {
+            return Err(BookError::Duplicate);
+        }
+        self.bookings += 1;
+        let cached_tokens = booking.cached_tokens.min(booking.prompt_tokens);
+        let block_tokens = (booking.blocks.len() as u64 * u64::from(booking.block_id_tokens))
+            .min(u64::from(booking.prompt_tokens)) as u32;
+        let request = InFlight {
+            worker: booking.worker,
+            prompt_tokens: booking.prompt_tokens,
+            cached_tokens,
+            prefill_ms: booking.prefill_ms.max(0.0),
+            output: None,
+            tail_tokens: booking.prompt_tokens - block_tokens,
+            blocks: booking.blocks.to_vec(),
+        };
+        let account = self.accounts.entry(booking.worker).or_default();
+        account.retired = false;
+        account.load.last_booking = self.bookings;
+        account.load.prefill_requests += 1;
+        account.load.prefill_tokens += u64::from(booking.prompt_tokens - cached_tokens);
+        account.load.prefill_ms += request.prefill_ms;
+        account.load.kv_tokens += u64::from(request.tail_tokens);
+        for block in &request.blocks {
+            let (holders, _) = account.holders.entry(*block).or_insert((0, booking.block_id_tokens));
+            *holders += 1;
+            if *holders == 1 {
+                account.load.kv_tokens += u64::from(booking.block_id_tokens);
+            }
+        }
+        self.requests.insert(booking.id, request);
+        Ok(())
+    }
+
+    /// The first token came: prefill is done. Unknown ids and repetitions change nothing.
+    pub fn first_token(&mut self, id: RequestId) {
+        if let Some(request) = self.requests.get_mut(&id)
+            && request.output.is_none()
+            && let Some(account) = self.accounts.get_mut(&request.worker)
+        {
+            account.end_prefill(request);
+            request.output = Some(1);
+            account.load.decode_requests += 1;
+            account.load.decode_tokens += u64::from(request.prompt_tokens) + 1;
+            account.load.kv_tokens += 1;
+        }
+    }
+
+    /// `tokens` more output tokens came; implies the first. Unknown ids change nothing.
+    pub fn output(&mut self, id: RequestId, tokens: u32) {
+        let tokens = match self.requests.get(&id) {
+            Some(InFlight { output: None, .. }) => {
+                self.first_token(id);
+                tokens.saturating_sub(1)
+            }
+            Some(_) => tokens,
+            None => return,
+        };
+        if let Some(request) = self.requests.get_mut(&id)
+            && let Some(account) = self.accounts.get_mut(&request.worker)
+        {
+            request.output = request.output.map(|o| o.saturating_add(tokens));
+            account.load.decode_tokens += u64::from(tokens);
+            account.load.kv_tokens += u64::from(tokens);
+        }
+    }
+
+    /// The request ended, whatever ended it: all that it reserved is released. Idempotent; unknown ids change nothing.
+    pub fn end(&mut self, id: RequestId) {
+        let Some(request) = self.requests.remove(&id) else { return };
+        let Some(account) = self.accounts.get_mut(&request.worker) else { return };
+        match request.output {
+            None => account.end_prefill(&request),
+            Some(output) => {
+                account.load.decode_requests -= 1;
+                account.load.decode_tokens -= u64::from(request.prompt_tokens) + u64::from(output);
+                account.load.kv_tokens -= u64::from(output);
+            }
+        }
+        account.load.kv_tokens -= u64::from(request.tail_tokens);
+        for block in &request.blocks {
+            let Some((holders, tokens)) = account.holders.get_mut(block) else { continue };
+            *holders -= 1;
+            if *holders == 0 {
+                account.load.kv_tokens -= u64::from(*tokens);
+                account.holders.remove(block);
+            }
+        }
+        if account.retired && account.load.requests() == 0 {
+            self.accounts.remove(&request.worker);
+        }
+    }
+
+    /// The worker is gone for good: drops its account as soon as nothing is in flight there.
+    pub fn forget(&mut self, worker: Worker) {
+        if let Some(account) = self.accounts.get_mut(&worker) {
+            account.retired = true;
+            if account.load.requests() == 0 {
+                self.accounts.remove(&worker);
+            }
+        }
+    }
+}
+
+impl Account {
+    fn end_prefill(&mut self, request: &InFlight) {
+        self.load.prefill_requests -= 1;
+        self.load.prefill_tokens -= u64::from(request.prompt_tokens - request.cached_tokens);
+        self.load.prefill_ms -= request.prefill_ms;
+        // Sums of floats drift; an idle worker is exactly idle.
+        if self.load.prefill_requests == 0 {
+            self.load.prefill_ms = 0.0;
+        }
+    }
+}

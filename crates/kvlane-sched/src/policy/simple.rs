@@ -1,0 +1,83 @@
+//! The policies that are blind to the cache: what a plain load balancer does, and the baselines of every comparison.
+
+use super::{Policy, Task, View};
+use crate::decision::Row;
+
+/// The worker whose latest booking is longest ago.
+///
+/// Told by bookings, not by a cursor into a list, so it stays fair while workers come and go and when requests differ in their candidates.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RoundRobin;
+
+impl Policy for RoundRobin {
+    fn name(&self) -> &'static str {
+        "round-robin"
+    }
+
+    fn needs_cache_knowledge(&self) -> bool {
+        false
+    }
+
+    fn unit(&self) -> &'static str {
+        "number of the latest booking"
+    }
+
+    fn columns(&self) -> &'static [&'static str] {
+        &["last_booking"]
+    }
+
+    fn score(&self, _: &Task<'_>, _: &View<'_>, row: &mut Row) {
+        row.terms[0] = row.load.last_booking as f64;
+    }
+}
+
+/// Any worker, each as likely.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Random;
+
+impl Policy for Random {
+    fn name(&self) -> &'static str {
+        "random"
+    }
+
+    fn needs_cache_knowledge(&self) -> bool {
+        false
+    }
+
+    fn unit(&self) -> &'static str {
+        "none"
+    }
+
+    fn columns(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn score(&self, _: &Task<'_>, _: &View<'_>, _: &mut Row) {}
+}
+
+/// The worker with the fewest requests in flight.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LeastLoaded;
+
+impl Policy for LeastLoaded {
+    fn name(&self) -> &'static str {
+        "least-loaded"
+    }
+
+    fn needs_cache_knowledge(&self) -> bool {
+        false
+    }
+
+    fn unit(&self) -> &'static str {
+        "requests in flight"
+    }
+
+    fn columns(&self) -> &'static [&'static str] {
+        &["prefill_requests", "decode_requests"]
+    }
+
+    fn score(&self, _: &Task<'_>, _: &View<'_>, row: &mut Row) {
+        row.terms[0] = f64::from(row.load.prefill_requests);
+        row.terms[1] = f64::from(row.load.decode_requests);
+    }
+}

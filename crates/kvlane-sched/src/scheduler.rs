@@ -1,0 +1,180 @@
+//! One lock's worth of state: a policy, the ledger and the learnt rates.
+//!
+//! The caller decides and books under one lock, so that the next request sees what this one reserved; without that, requests that arrive together
+//! all choose the worker that was idle.
+
+use crate::decision::{Decision, FilterReason, MAX_ORDER, MAX_TERMS, PickedBecause, Reject, Row};
+use crate::ledger::{BookError, Booking, Ledger};
+use crate::policy::{Policy, Task, View};
+use crate::rates::Rates;
+use crate::{Candidate, Request, RequestId, Rng};
+use kvlane_index::Worker;
+
+/// Chooses workers and keeps account of what is in flight.
+#[derive(Debug, Default)]
+pub struct Scheduler {
+    policy: Box<dyn Policy>,
+    ledger: Ledger,
+}
+
+impl Scheduler {
+    /// An idle scheduler.
+    pub fn new(policy: Box<dyn Policy>) -> Self {
+        Self { policy, ledger: Ledger::new() }
+    }
+
+    /// Its policy.
+    pub fn policy(&self) -> &dyn Policy {
+        &*self.policy
+    }
+
+    /// What is in flight.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// How fast `worker` is, as far as is known.
+    pub fn rates(&self, _worker: Worker) -> Rates {
+        Rates::default()
+    }
+
+    /// Chooses a worker for `request` and fills `decision` with the choice and the reasons; changes nothing else, so a dry run is the same
+    /// call. `now_ms` is the caller's monotonic clock. After an error `decision.order` is empty and its rows name the filters.
+    pub fn decide(
+        &self,
+        request: &Request<'_>,
+        candidates: &[Candidate<'_>],
+        now_ms: f64,
+        rng: &mut Rng,
+        decision: &mut Decision,
+    ) -> Result<(), Reject> {
+        let task =
+            Task { request, prompt_tokens: request.tokens(), output_tokens: request.output_tokens(None) };
+        decision.request = Some(request.id);
+        decision.now_ms = now_ms;
+        decision.policy = self.policy.name();
+        decision.prompt_tokens = task.prompt_tokens;
+        decision.output_tokens = task.output_tokens;
+        decision.unit = self.policy.unit();
+        decision.columns = self.policy.columns();
+        decision.order.clear();
+        decision.rows.clear();
+        decision.ranking.clear();
+
+        for candidate in candidates {
+            let mut row = Row {
+                worker: candidate.worker,
+                load: self.ledger.load(candidate.worker),
+                cached_tokens: usable_tokens(candidate, task.prompt_tokens),
+                terms: [0.0; MAX_TERMS],
+                total: f64::INFINITY,
+                filtered: filter(request, candidate),
+            };
+            if row.filtered.is_none() {
+                self.policy.score(&task, &View { candidate, rates: self.rates(candidate.worker) }, &mut row);
+                row.total = row.terms.iter().sum();
+                decision.ranking.push(decision.rows.len() as u32);
+            }
+            decision.rows.push(row);
+        }
+
+        if decision.ranking.is_empty() {
+            return Err(match request.pinned {
+                _ if candidates.is_empty() => Reject::NoWorkers,
+                Some(pin) if !candidates.iter().any(|c| pin.admits(c.worker)) => Reject::PinnedAbsent,
+                _ => Reject::NoneEligible,
+            });
+        }
+        pick(decision, rng);
+        Ok(())
+    }
+
+    /// Reserves the request's work at `worker`, which is one of the rows of `decision`: its choice, or the one that was taken when that
+    /// could not be reached.
+    pub fn book(
+        &mut self,
+        request: &Request<'_>,
+        decision: &Decision,
+        worker: Worker,
+        _now_ms: f64,
+    ) -> Result<(), BookError> {
+        let prompt_tokens = request.tokens();
+        let cached_tokens = decision.row(worker).map_or(0, |r| r.cached_tokens).min(prompt_tokens);
+        self.ledger.book(&Booking {
+            id: request.id,
+            worker,
+            prompt_tokens,
+            cached_tokens,
+            prefill_ms: self.rates(worker).prefill_ms(prompt_tokens - cached_tokens, cached_tokens),
+            output_tokens: decision.output_tokens,
+            blocks: request.blocks,
+            block_id_tokens: request.block_id_tokens,
+        })
+    }
+
+    /// The first token of a request came at `now_ms`. Repetitions and unknown ids change nothing.
+    pub fn first_token(&mut self, id: RequestId, _now_ms: f64) {
+        self.ledger.first_token(id);
+    }
+
+    /// `tokens` more output tokens came (the first included, if it was not reported).
+    pub fn output(&mut self, id: RequestId, tokens: u32, _now_ms: f64) {
+        self.ledger.output(id, tokens);
+    }
+
+    /// The request ended, however it did. Idempotent.
+    pub fn end(&mut self, id: RequestId, _now_ms: f64) {
+        self.ledger.end(id);
+    }
+
+    /// The worker left for good: nothing is remembered of it once its requests have ended.
+    pub fn forget(&mut self, worker: Worker) {
+        self.ledger.forget(worker);
+    }
+}
+
+/// Tokens that the worker need not compute: an engine always computes the last one, and only whole blocks are cached.
+fn usable_tokens(candidate: &Candidate<'_>, prompt_tokens: u32) -> u32 {
+    let block = candidate.profile.block_size_tokens.max(1);
+    let most = (prompt_tokens - 1) / block * block;
+    let believed = f64::from(candidate.overlap.total()) * candidate.trust.clamp(0.0, 1.0);
+    (believed as u32).min(most)
+}
+
+fn filter(request: &Request<'_>, candidate: &Candidate<'_>) -> Option<FilterReason> {
+    if request.pinned.is_some_and(|pin| !pin.admits(candidate.worker)) {
+        Some(FilterReason::NotPinned)
+    } else if candidate.draining {
+        Some(FilterReason::Draining)
+    } else {
+        None
+    }
+}
+
+/// Orders the best rows and draws among equals.
+fn pick(decision: &mut Decision, rng: &mut Rng) {
+    let Decision { rows, ranking, order, picked_because, .. } = decision;
+    // Shuffling first makes every order of equals as likely, also after the first: failover must not herd either.
+    for i in (1..ranking.len()).rev() {
+        ranking.swap(i, rng.below(i + 1));
+    }
+    let cost = |i: u32| rows[i as usize].total;
+    let shown = ranking.len().min(MAX_ORDER);
+    for place in 0..shown {
+        let mut best = place;
+        for i in place + 1..ranking.len() {
+            if cost(ranking[i]) < cost(ranking[best]) {
+                best = i;
+            }
+        }
+        ranking.swap(place, best);
+    }
+    order.extend(ranking[..shown].iter().map(|i| rows[*i as usize].worker));
+    let least = cost(ranking[0]);
+    let among = ranking.iter().filter(|i| cost(**i) <= least).count() as u32;
+    *picked_because = match (ranking.len(), among) {
+        (1, _) => PickedBecause::OnlyOne,
+        (_, 1) => PickedBecause::LeastCost,
+        (_, among) => PickedBecause::Tie { among },
+    };
+}

@@ -1,0 +1,226 @@
+//! Behaviour at the crate's boundary, for every policy.
+
+use crate::policy::NAMES;
+use crate::*;
+use kvlane_index::{InstanceId, Worker};
+
+fn scheduler(policy: &str) -> Scheduler {
+    Scheduler::new(policy.parse().unwrap())
+}
+
+fn candidates(profile: &Profile, n: u64) -> Vec<Candidate<'_>> {
+    (0..n).map(|i| Candidate::new(Worker::new(i, 0), profile)).collect()
+}
+
+fn decide(s: &Scheduler, request: &Request<'_>, candidates: &[Candidate<'_>], rng: &mut Rng) -> Decision {
+    let mut decision = Decision::default();
+    s.decide(request, candidates, 0.0, rng, &mut decision).unwrap();
+    decision
+}
+
+#[test]
+fn terms_sum_to_the_total_and_the_choice_has_the_least() {
+    let profile = Profile::new(16);
+    for name in NAMES {
+        let mut s = scheduler(name);
+        let mut rng = Rng::new(7);
+        for id in 0..300 {
+            let mut candidates = candidates(&profile, 5);
+            for c in &mut candidates {
+                c.overlap.device = rng.below(100) as u32 * 16;
+                c.overlap.host = rng.below(10) as u32 * 16;
+            }
+            let request = Request::new(RequestId(id), 1 + rng.below(4000) as u32);
+            let d = decide(&s, &request, &candidates, &mut rng);
+            for row in &d.rows {
+                assert_eq!(row.total, row.terms.iter().sum::<f64>(), "{name}");
+                assert!(d.columns.len() <= MAX_TERMS);
+                assert!(row.terms[d.columns.len()..].iter().all(|t| *t == 0.0), "{name}");
+            }
+            let least = d.rows.iter().map(|r| r.total).fold(f64::INFINITY, f64::min);
+            assert_eq!(d.row(d.order[0]).unwrap().total, least, "{name}");
+            assert_eq!(d.order.len(), 5);
+            s.book(&request, &d, d.order[0], 0.0).unwrap();
+        }
+    }
+}
+
+#[test]
+fn ties_are_fair() {
+    let profile = Profile::new(16);
+    let candidates = candidates(&profile, 4);
+    for name in NAMES {
+        let s = scheduler(name);
+        let mut rng = Rng::new(1);
+        let mut counts = [0u32; 4];
+        for _ in 0..4000 {
+            let d = decide(&s, &Request::new(RequestId(0), 100), &candidates, &mut rng);
+            counts[d.order[0].instance.0 as usize] += 1;
+        }
+        assert!(counts.iter().all(|c| (880..1120).contains(c)), "{name}: {counts:?}");
+    }
+}
+
+#[test]
+fn round_robin_visits_each_worker_once_a_round() {
+    let profile = Profile::new(16);
+    let candidates = candidates(&profile, 7);
+    let mut s = scheduler("round-robin");
+    let mut rng = Rng::new(3);
+    for round in 0..5 {
+        let mut seen = Vec::new();
+        for i in 0..7 {
+            let request = Request::new(RequestId(round * 7 + i), 10);
+            let d = decide(&s, &request, &candidates, &mut rng);
+            s.book(&request, &d, d.order[0], 0.0).unwrap();
+            seen.push(d.order[0]);
+        }
+        seen.sort();
+        seen.dedup();
+        assert_eq!(seen.len(), 7);
+    }
+}
+
+#[test]
+fn kv_follows_the_cache_until_the_queue_costs_more_than_the_prefill_saved() {
+    let profile = Profile::new(16);
+    let mut candidates = candidates(&profile, 2);
+    candidates[0].overlap.device = 8000;
+    let mut s = scheduler("kv");
+    let mut rng = Rng::new(5);
+    let mut to_holder = 0;
+    for id in 0..20 {
+        let request = Request::new(RequestId(id), 8192);
+        let d = decide(&s, &request, &candidates, &mut rng);
+        s.book(&request, &d, d.order[0], 0.0).unwrap();
+        if d.order[0] != candidates[0].worker {
+            break;
+        }
+        to_holder += 1;
+    }
+    assert!((5..20).contains(&to_holder), "{to_holder} requests went to the holder");
+}
+
+#[test]
+fn pins_are_kept_and_rejections_say_why() {
+    let profile = Profile::new(16);
+    let mut candidates = candidates(&profile, 3);
+    let s = scheduler("kv");
+    let mut rng = Rng::new(1);
+    let mut request = Request::new(RequestId(1), 10);
+    request.pinned = Some(Pin::Instance(InstanceId(2)));
+    let d = decide(&s, &request, &candidates, &mut rng);
+    assert_eq!(d.order, [Worker::new(2, 0)]);
+    assert_eq!(d.picked_because, PickedBecause::OnlyOne);
+    assert_eq!(d.rows[0].filtered, Some(FilterReason::NotPinned));
+
+    let mut d = Decision::default();
+    request.pinned = Some(Pin::Rank(9));
+    assert_eq!(s.decide(&request, &candidates, 0.0, &mut rng, &mut d), Err(Reject::PinnedAbsent));
+    assert_eq!(s.decide(&request, &[], 0.0, &mut rng, &mut d), Err(Reject::NoWorkers));
+    request.pinned = None;
+    candidates.iter_mut().for_each(|c| c.draining = true);
+    assert_eq!(s.decide(&request, &candidates, 0.0, &mut rng, &mut d), Err(Reject::NoneEligible));
+    assert!(d.order.is_empty());
+}
+
+#[test]
+fn a_cached_prompt_still_computes_its_last_block() {
+    let profile = Profile::new(16);
+    let mut candidates = candidates(&profile, 1);
+    candidates[0].overlap.device = 32;
+    let s = scheduler("kv");
+    let d = decide(&s, &Request::new(RequestId(1), 32), &candidates, &mut Rng::new(1));
+    assert_eq!(d.rows[0].cached_tokens, 16);
+}
+
+#[test]
+fn unknown_policies_name_the_known() {
+    let error = "kvv".parse::<Box<dyn Policy>>().unwrap_err();
+    assert!(error.to_string().contains("least-loaded"));
+    for name in NAMES {
+        assert_eq!(name.parse::<Box<dyn Policy>>().unwrap().name(), *name);
+    }
+}
+
+/// Any history, ends repeated and unknown ids included, leaves the ledger at zero; a duplicate books nothing.
+#[test]
+fn the_ledger_returns_to_zero() {
+    for seed in 0..200 {
+        let mut rng = Rng::new(seed);
+        let mut ledger = Ledger::new();
+        let mut live = Vec::new();
+        for step in 0..200 {
+            let id = RequestId(rng.below(40) as u64);
+            match rng.below(6) {
+                0 | 1 => {
+                    let prompt_tokens = 1 + rng.below(500) as u32;
+                    let blocks: Vec<u64> = (0..rng.below(20) as u64).collect();
+                    let booking = Booking {
+                        id,
+                        worker: Worker::new(rng.below(3) as u64, 0),
+                        prompt_tokens,
+                        cached_tokens: rng.below(600) as u32,
+                        prefill_ms: rng.unit() * 100.0,
+                        output_tokens: 10,
+                        blocks: &blocks,
+                        block_id_tokens: 1 + rng.below(3) as u32 * 16,
+                    };
+                    let before: Vec<_> = (0..3).map(|w| ledger.load(Worker::new(w, 0))).collect();
+                    let result = ledger.book(&booking);
+                    assert_eq!(result.is_err(), live.contains(&id), "seed {seed} step {step}");
+                    if result.is_err() {
+                        let after: Vec<_> = (0..3).map(|w| ledger.load(Worker::new(w, 0))).collect();
+                        assert_eq!(before, after);
+                    } else {
+                        live.push(id);
+                    }
+                }
+                2 => ledger.first_token(id),
+                3 => ledger.output(id, rng.below(9) as u32),
+                4 => ledger.forget(Worker::new(rng.below(3) as u64, 0)),
+                _ => {
+                    ledger.end(id);
+                    live.retain(|l| *l != id);
+                }
+            }
+            assert_eq!(ledger.requests(), live.len(), "seed {seed}");
+        }
+        for id in live {
+            ledger.end(id);
+            ledger.end(id);
+        }
+        for (worker, load) in ledger.loads() {
+            assert_eq!(
+                load,
+                Load { last_booking: load.last_booking, ..Load::default() },
+                "seed {seed} {worker}"
+            );
+        }
+    }
+}
+
+#[test]
+fn shared_blocks_are_counted_once() {
+    let mut ledger = Ledger::new();
+    let worker = Worker::new(1, 0);
+    let book = |ledger: &mut Ledger, id| {
+        let booking = Booking {
+            id: RequestId(id),
+            worker,
+            prompt_tokens: 40,
+            cached_tokens: 0,
+            prefill_ms: 1.0,
+            output_tokens: 1,
+            blocks: &[11, 12],
+            block_id_tokens: 16,
+        };
+        ledger.book(&booking).unwrap();
+    };
+    book(&mut ledger, 1);
+    assert_eq!(ledger.load(worker).kv_tokens, 40);
+    book(&mut ledger, 2);
+    assert_eq!(ledger.load(worker).kv_tokens, 48);
+    ledger.end(RequestId(1));
+    assert_eq!(ledger.load(worker).kv_tokens, 40);
+}
