@@ -1,0 +1,10 @@
+//! What the operator says, parsed once into forms that cannot be wrong.
+//!
+//! Nothing here reads files or the environment: the binary hands over strings, and everything behind this module
+//! works on valid values.
+
+mod endpoint;
+mod worker_spec;
+
+pub use endpoint::{Endpoint, EndpointError};
+pub use worker_spec::{EventsSetting, WorkerSpec, WorkerSpecError};
