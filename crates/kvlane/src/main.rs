@@ -1,3 +1,49 @@
-//! The `kvlane` command.
+//! The `kvlane` command: arguments, logging and wiring; each subcommand is a module of its own.
+//!
+//! This is the only crate that knows clap, the process environment and the exit code. Logs go to stderr, so that
+//! stdout stays free for what a subcommand is asked for.
 
-fn main() {}
+mod demo;
+mod mock_engine;
+mod serve;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// Routes LLM requests to the engine that already holds their prefix.
+#[derive(Debug, Parser)]
+#[command(name = "kvlane", version, arg_required_else_help = true)]
+struct Cli {
+    /// What to log, as `level` or `target=level,...` (error, warn, info, debug, trace).
+    #[arg(long, global = true, env = "KVLANE_LOG", default_value = "info", value_name = "FILTER")]
+    log: String,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Route requests over engines: speaks OpenAI to clients, reads the engines' cache events.
+    Serve(serve::Args),
+    /// See it work without a GPU: four mock engines and the router in one process, then a comparison.
+    Demo(demo::Args),
+    /// Run one engine that only pretends: vLLM's HTTP and cache events, a real block cache, measured times.
+    MockEngine(mock_engine::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_new(&cli.log)
+        .map_err(|error| anyhow::anyhow!("--log {:?} is no filter ({error}); try `--log debug`", cli.log))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        match cli.command {
+            Command::Serve(args) => serve::run(args).await,
+            Command::Demo(args) => demo::run(args).await,
+            Command::MockEngine(args) => mock_engine::run(args).await,
+        }
+    })
+}
