@@ -6,14 +6,22 @@
 //!
 //! Pure: no clock, no sockets, no logging, no threads of its own.
 
+mod applied;
+mod config;
 mod event;
 pub mod hash;
 mod ids;
 mod overlaps;
+mod partition;
+pub mod reference;
 mod tier;
 
+pub use applied::Applied;
+pub use config::{Held, IndexConfig, IndexStats};
 pub use event::{BlockHash, EngineHash, Group, GroupId, GroupKind, KvEvent, StoredBlock};
 pub use hash::BlockSize;
 pub use ids::{InstanceId, Worker};
 pub use overlaps::{Overlap, Overlaps};
+pub use partition::{Index, IndexWriter, partition};
+pub use reference::MAX_COPIES;
 pub use tier::Tier;
