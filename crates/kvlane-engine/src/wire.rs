@@ -1,0 +1,1 @@
+//! Cache events as the engines write them (placeholder header).
