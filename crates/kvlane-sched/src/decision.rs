@@ -20,6 +20,8 @@ pub enum FilterReason {
     Draining,
     /// The request is pinned to another.
     NotPinned,
+    /// The policy compares a random few, and it was not among them.
+    NotSampled,
 }
 
 impl FilterReason {
@@ -28,6 +30,7 @@ impl FilterReason {
         match self {
             Self::Draining => "draining",
             Self::NotPinned => "not_pinned",
+            Self::NotSampled => "not_sampled",
         }
     }
 }

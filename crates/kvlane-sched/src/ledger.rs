@@ -4,8 +4,8 @@
 //! expires by time: a long answer is load until it ends. Blocks that running requests share are counted once, by opaque prefix ids.
 
 use crate::RequestId;
+use crate::hash::Map;
 use kvlane_index::Worker;
-use std::collections::HashMap;
 use std::fmt;
 
 /// Work in flight at one worker.
@@ -21,8 +21,10 @@ pub struct Load {
     pub decode_requests: u32,
     /// Tokens in the contexts of those: prompt and output so far.
     pub decode_tokens: u64,
-    /// Tokens of device memory that requests in flight occupy; shared prefixes once.
-    pub kv_tokens: u64,
+    /// Prompt tokens of requests in flight, prefixes that they share counted once.
+    pub prompt_tokens: u64,
+    /// Output tokens so far of requests in flight.
+    pub output_tokens: u64,
     /// The number of the latest booking here, counted over all workers from 1; 0 = none yet.
     pub last_booking: u64,
 }
@@ -31,6 +33,11 @@ impl Load {
     /// Requests in flight.
     pub const fn requests(&self) -> u32 {
         self.prefill_requests + self.decode_requests
+    }
+
+    /// Tokens of device memory that requests in flight occupy.
+    pub const fn kv_tokens(&self) -> u64 {
+        self.prompt_tokens + self.output_tokens
     }
 }
 
@@ -91,7 +98,7 @@ pub(crate) struct InFlight {
 struct Account {
     load: Load,
     /// Requests in flight that hold each block, and the tokens that it was counted as.
-    holders: HashMap<u64, (u32, u32)>,
+    holders: Map<u64, (u32, u32)>,
     /// Forget it when nothing is in flight any more.
     retired: bool,
 }
@@ -99,8 +106,8 @@ struct Account {
 /// Everything in flight, by worker.
 #[derive(Debug, Default)]
 pub struct Ledger {
-    accounts: HashMap<Worker, Account>,
-    requests: HashMap<RequestId, InFlight>,
+    accounts: Map<Worker, Account>,
+    requests: Map<RequestId, InFlight>,
     bookings: u64,
 }
 
@@ -130,6 +137,12 @@ impl Ledger {
         self.requests.get(&id).map(|r| r.worker)
     }
 
+    /// How many of the leading `blocks` requests in flight at `worker` hold.
+    pub fn held_blocks(&self, worker: Worker, blocks: &[u64]) -> usize {
+        let Some(account) = self.accounts.get(&worker) else { return 0 };
+        blocks.iter().take_while(|b| account.holders.contains_key(b)).count()
+    }
+
     /// Reserves the work of a request.
     pub fn book(&mut self, booking: &Booking<'_>) -> Result<(), BookError> {
         if self.requests.contains_key(&booking.id) {
@@ -154,12 +167,12 @@ impl Ledger {
         account.load.prefill_requests += 1;
         account.load.prefill_tokens += u64::from(booking.prompt_tokens - cached_tokens);
         account.load.prefill_ms += request.prefill_ms;
-        account.load.kv_tokens += u64::from(request.tail_tokens);
+        account.load.prompt_tokens += u64::from(request.tail_tokens);
         for block in &request.blocks {
             let (holders, _) = account.holders.entry(*block).or_insert((0, booking.block_id_tokens));
             *holders += 1;
             if *holders == 1 {
-                account.load.kv_tokens += u64::from(booking.block_id_tokens);
+                account.load.prompt_tokens += u64::from(booking.block_id_tokens);
             }
         }
         self.requests.insert(booking.id, request);
@@ -176,7 +189,7 @@ impl Ledger {
             request.output = Some(1);
             account.load.decode_requests += 1;
             account.load.decode_tokens += u64::from(request.prompt_tokens) + 1;
-            account.load.kv_tokens += 1;
+            account.load.output_tokens += 1;
         }
     }
 
@@ -195,7 +208,7 @@ impl Ledger {
         {
             request.output = request.output.map(|o| o.saturating_add(tokens));
             account.load.decode_tokens += u64::from(tokens);
-            account.load.kv_tokens += u64::from(tokens);
+            account.load.output_tokens += u64::from(tokens);
         }
     }
 
@@ -208,15 +221,15 @@ impl Ledger {
             Some(output) => {
                 account.load.decode_requests -= 1;
                 account.load.decode_tokens -= u64::from(request.prompt_tokens) + u64::from(output);
-                account.load.kv_tokens -= u64::from(output);
+                account.load.output_tokens -= u64::from(output);
             }
         }
-        account.load.kv_tokens -= u64::from(request.tail_tokens);
+        account.load.prompt_tokens -= u64::from(request.tail_tokens);
         for block in &request.blocks {
             let Some((holders, tokens)) = account.holders.get_mut(block) else { continue };
             *holders -= 1;
             if *holders == 0 {
-                account.load.kv_tokens -= u64::from(*tokens);
+                account.load.prompt_tokens -= u64::from(*tokens);
                 account.holders.remove(block);
             }
         }

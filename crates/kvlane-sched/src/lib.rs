@@ -12,12 +12,14 @@
 
 mod candidate;
 mod decision;
+mod hash;
 mod ledger;
 pub mod policy;
 pub mod rates;
 mod request;
 mod rng;
 mod scheduler;
+mod session;
 
 pub use candidate::{Candidate, EngineLimits, OverlapTokens, Profile};
 pub use decision::{Decision, FilterReason, MAX_ORDER, MAX_TERMS, PickedBecause, Reject, Row};

@@ -5,8 +5,9 @@
 
 use crate::decision::{Decision, FilterReason, MAX_ORDER, MAX_TERMS, PickedBecause, Reject, Row};
 use crate::ledger::{BookError, Booking, Ledger};
-use crate::policy::{Policy, Task, View};
+use crate::policy::{Fleet, Policy, Task, View};
 use crate::rates::Rates;
+use crate::session::Sessions;
 use crate::{Candidate, Request, RequestId, Rng};
 use kvlane_index::Worker;
 
@@ -15,12 +16,13 @@ use kvlane_index::Worker;
 pub struct Scheduler {
     policy: Box<dyn Policy>,
     ledger: Ledger,
+    sessions: Sessions,
 }
 
 impl Scheduler {
     /// An idle scheduler.
     pub fn new(policy: Box<dyn Policy>) -> Self {
-        Self { policy, ledger: Ledger::new() }
+        Self { policy, ..Self::default() }
     }
 
     /// Its policy.
@@ -61,8 +63,10 @@ impl Scheduler {
         decision.rows.clear();
         decision.ranking.clear();
 
+        let mut fleet = Fleet::default();
+        let bound = request.session.and_then(|s| self.sessions.get(s));
         for candidate in candidates {
-            let mut row = Row {
+            let row = Row {
                 worker: candidate.worker,
                 load: self.ledger.load(candidate.worker),
                 cached_tokens: usable_tokens(candidate, task.prompt_tokens),
@@ -71,19 +75,29 @@ impl Scheduler {
                 filtered: filter(request, candidate),
             };
             if row.filtered.is_none() {
-                self.policy.score(&task, &View { candidate, rates: self.rates(candidate.worker) }, &mut row);
-                row.total = row.terms.iter().sum();
+                fleet.eligible += 1;
+                fleet.requests += u64::from(row.load.requests());
+                fleet.session_worker = fleet.session_worker.or(bound.filter(|b| *b == row.worker));
                 decision.ranking.push(decision.rows.len() as u32);
             }
             decision.rows.push(row);
         }
-
         if decision.ranking.is_empty() {
             return Err(match request.pinned {
                 _ if candidates.is_empty() => Reject::NoWorkers,
                 Some(pin) if !candidates.iter().any(|c| pin.admits(c.worker)) => Reject::PinnedAbsent,
                 _ => Reject::NoneEligible,
             });
+        }
+        if let Some(sample) = self.policy.sample() {
+            draw(decision, sample, rng);
+        }
+        for i in &decision.ranking {
+            let candidate = &candidates[*i as usize];
+            let row = &mut decision.rows[*i as usize];
+            let rates = self.rates(candidate.worker);
+            self.policy.score(&task, &View { candidate, rates, fleet: &fleet, ledger: &self.ledger }, row);
+            row.total = row.terms.iter().sum();
         }
         pick(decision, rng);
         Ok(())
@@ -109,7 +123,11 @@ impl Scheduler {
             output_tokens: decision.output_tokens,
             blocks: request.blocks,
             block_id_tokens: request.block_id_tokens,
-        })
+        })?;
+        if let Some(session) = request.session {
+            self.sessions.put(session, worker);
+        }
+        Ok(())
     }
 
     /// The first token of a request came at `now_ms`. Repetitions and unknown ids change nothing.
@@ -130,6 +148,7 @@ impl Scheduler {
     /// The worker left for good: nothing is remembered of it once its requests have ended.
     pub fn forget(&mut self, worker: Worker) {
         self.ledger.forget(worker);
+        self.sessions.forget(worker);
     }
 }
 
@@ -148,6 +167,18 @@ fn filter(request: &Request<'_>, candidate: &Candidate<'_>) -> Option<FilterReas
         Some(FilterReason::Draining)
     } else {
         None
+    }
+}
+
+/// Leaves `sample` of the eligible rows, drawn at random, in the ranking.
+fn draw(decision: &mut Decision, sample: usize, rng: &mut Rng) {
+    let Decision { rows, ranking, .. } = decision;
+    for place in 0..sample.min(ranking.len()) {
+        let drawn = place + rng.below(ranking.len() - place);
+        ranking.swap(place, drawn);
+    }
+    for i in ranking.drain(sample.clamp(1, ranking.len())..) {
+        rows[i as usize].filtered = Some(FilterReason::NotSampled);
     }
 }
 

@@ -4,4 +4,7 @@
 //! and the scheduler are the crates that run in production.
 
 pub mod bounds;
+pub mod fleet;
+pub mod knowledge;
+pub mod outcome;
 pub mod trace;

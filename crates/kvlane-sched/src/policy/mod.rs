@@ -3,17 +3,34 @@
 //! A policy writes one row of terms per eligible candidate; their sum is the cost and the least cost wins, ties drawn fairly. So "why this worker"
 //! has the same answer under every policy: the row with the least total.
 
+mod affine;
 mod kv;
+mod reference;
 mod simple;
 
+pub use affine::{ConsistentHash, StickySession};
 pub use kv::Kv;
-pub use simple::{LeastLoaded, Random, RoundRobin};
+pub use reference::Reference;
+pub use simple::{LeastLoaded, PowerOfTwo, Random, RoundRobin};
 
 use crate::decision::Row;
+use crate::ledger::Ledger;
 use crate::rates::Rates;
 use crate::{Candidate, Request};
+use kvlane_index::Worker;
 use std::fmt;
 use std::str::FromStr;
+
+/// What a policy sees of the eligible candidates together.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Fleet {
+    /// How many there are; at least 1.
+    pub eligible: u32,
+    /// Requests in flight at all of them.
+    pub requests: u64,
+    /// Where the request's session was last, if that worker is eligible.
+    pub session_worker: Option<Worker>,
+}
 
 /// What a policy sees of one eligible candidate.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +39,10 @@ pub struct View<'a> {
     pub candidate: &'a Candidate<'a>,
     /// How fast it is, as far as is known.
     pub rates: Rates,
+    /// It and the others.
+    pub fleet: &'a Fleet,
+    /// What is in flight.
+    pub ledger: &'a Ledger,
 }
 
 /// What a policy sees of the request.
@@ -49,6 +70,11 @@ pub trait Policy: Send + Sync + fmt::Debug {
     /// Names of its terms, at most [`crate::MAX_TERMS`].
     fn columns(&self) -> &'static [&'static str];
 
+    /// How many eligible candidates, drawn at random, it compares; `None` = all.
+    fn sample(&self) -> Option<usize> {
+        None
+    }
+
     /// Writes `row.terms` from `row.load` and the view. `row.cached_tokens` is set and may be lowered.
     fn score(&self, task: &Task<'_>, view: &View<'_>, row: &mut Row);
 }
@@ -66,7 +92,16 @@ impl fmt::Display for UnknownPolicy {
 impl std::error::Error for UnknownPolicy {}
 
 /// Names of the policies, the default first.
-pub const NAMES: &[&str] = &["kv", "round-robin", "random", "least-loaded"];
+pub const NAMES: &[&str] = &[
+    "kv",
+    "round-robin",
+    "random",
+    "least-loaded",
+    "power-of-two",
+    "consistent-hash",
+    "sticky-session",
+    "reference",
+];
 
 impl Default for Box<dyn Policy> {
     fn default() -> Self {
@@ -83,6 +118,10 @@ impl FromStr for Box<dyn Policy> {
             "round-robin" => Box::new(RoundRobin),
             "random" => Box::new(Random),
             "least-loaded" => Box::new(LeastLoaded),
+            "power-of-two" => Box::new(PowerOfTwo),
+            "consistent-hash" => Box::new(ConsistentHash),
+            "sticky-session" => Box::new(StickySession),
+            "reference" => Box::new(Reference),
             _ => return Err(UnknownPolicy(name.to_owned())),
         })
     }
