@@ -7,4 +7,5 @@ mod endpoint;
 mod worker_spec;
 
 pub use endpoint::{Endpoint, EndpointError};
+pub(crate) use worker_spec::RANKS_MAX;
 pub use worker_spec::{EventsSetting, WorkerSpec, WorkerSpecError};

@@ -5,7 +5,8 @@
 //! [`crate::fleet::Fleet::stats`].
 
 use crate::config::Endpoint;
-use kvlane_index::{BlockSize, InstanceId, Worker};
+use crate::ingest::Lane;
+use kvlane_index::{BlockSize, Index, InstanceId, Worker};
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
@@ -298,4 +299,19 @@ pub struct Partition {
     pub model: String,
     /// Tokens in a block.
     pub block_size: BlockSize,
+    /// Who holds what. Deadlines of predictions are in milliseconds of [`crate::clock::now_ms`].
+    pub index: Index,
+    pub(crate) lane: Lane,
+}
+
+impl Partition {
+    /// Blocks and events that were decoded and wait to be applied.
+    pub fn waiting(&self) -> u64 {
+        self.lane.waiting()
+    }
+
+    /// Waits until every event decoded so far is in the index.
+    pub async fn flush(&self) {
+        self.lane.flush().await;
+    }
 }

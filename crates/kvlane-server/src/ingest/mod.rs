@@ -1,0 +1,22 @@
+//! Engine events from the sockets into the index.
+//!
+//! ```text
+//! PUB, ROUTER ─▶ zmtp ─▶ socket: a task per connection ─▶ publisher: kvlane_events::stream, a task per rank
+//!                                                              ▼
+//!                                      lane: one for each partition, bounded ─▶ its one writer thread ─▶ index
+//! ```
+//!
+//! Nothing between a socket and the index drops: a full queue makes its sender wait, up to the TCP connection, where the engine's own
+//! queue fills and at last drops, which shows as a hole in the sequence and is repaired by a replay.
+
+mod lane;
+mod publisher;
+mod socket;
+mod stats;
+mod weighed;
+pub(crate) mod zmtp;
+
+pub(crate) use lane::{Lane, Work};
+pub(crate) use publisher::{Following, Report, follow};
+pub(crate) use stats::RankCounters;
+pub use stats::RankStats;

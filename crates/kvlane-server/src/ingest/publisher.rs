@@ -1,0 +1,279 @@
+//! Follows one rank's publisher: sockets and clock into `kvlane_events::stream`, its actions out into the lane.
+
+use super::lane::{Lane, Work};
+use super::socket::{self, Heard, OwnedTask, Replayed};
+use super::stats::RankCounters;
+use super::weighed::{Closed, Receiver};
+use super::zmtp::Message;
+use crate::clock;
+use crate::fleet::{Publisher, Trust};
+use kvlane_events::stream::{Action, Counters, Fault, Input, State, Stream, StreamConfig};
+use kvlane_events::wire::DropReason;
+use kvlane_index::{KvEvent, Worker};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+
+/// Messages handled before the events that they brought go into the lane.
+const MESSAGES_AT_ONCE: usize = 64;
+
+/// Everything that following one publisher takes.
+pub(crate) struct Following {
+    pub(crate) worker: Worker,
+    pub(crate) publisher: Publisher,
+    pub(crate) config: StreamConfig,
+    pub(crate) lane: Lane,
+    pub(crate) counters: Arc<RankCounters>,
+    /// The engine's `process_start_time_seconds`, sent again whenever it was read.
+    pub(crate) process_start: watch::Receiver<Option<f64>>,
+    /// Rises when what is known is not to be trusted any more.
+    pub(crate) relearn: watch::Receiver<u64>,
+}
+
+/// What following a publisher tells the fleet.
+pub(crate) trait Report: Send + 'static {
+    /// How far the rank can be trusted from now on.
+    fn trust(&self, worker: Worker, trust: Trust);
+    /// The subscription was lost or came back: what is known of the engine may be out of date.
+    fn connection_changed(&self);
+}
+
+/// Runs until it is dropped, or until the partition is gone.
+pub(crate) async fn follow(task: Following, report: impl Report) {
+    let Following { worker, publisher, config, lane, counters, mut process_start, mut relearn } = task;
+    let topic = publisher.topic.clone().unwrap_or_default();
+    let (mut live, _subscription) = socket::subscribe(publisher.events.clone(), topic);
+    let mut rank = Rank {
+        worker,
+        publisher,
+        stream: Stream::new(config),
+        lane,
+        counters,
+        report,
+        actions: Vec::new(),
+        events: Vec::new(),
+        lost: None,
+        counted: Counters::default(),
+        replay: None,
+        replay_task: None,
+    };
+    if let Some(start_s) = *process_start.borrow_and_update() {
+        rank.handle(Input::ProcessStart(start_s));
+    }
+    let mut done = Ok(());
+    while done.is_ok() {
+        let deadline = rank.stream.next_deadline_ms();
+        let until_deadline = deadline.map(|at| Duration::from_millis(at.saturating_sub(clock::now_ms())));
+        tokio::select! {
+            heard = live.recv() => {
+                let Some(heard) = heard else { return };
+                rank.heard(heard);
+                for _ in 1..MESSAGES_AT_ONCE {
+                    let Some(heard) = live.try_recv() else { break };
+                    rank.heard(heard);
+                }
+            }
+            reply = next_reply(&mut rank.replay) => {
+                rank.replayed(reply);
+                for _ in 1..MESSAGES_AT_ONCE {
+                    let Some(reply) = rank.replay.as_mut().and_then(Receiver::try_recv) else { break };
+                    rank.replayed(Some(reply));
+                }
+            }
+            () = sleep(until_deadline) => rank.handle(Input::Tick),
+            changed = process_start.changed() => {
+                let Ok(()) = changed else { return };
+                let start_s = *process_start.borrow_and_update();
+                if let Some(start_s) = start_s {
+                    rank.handle(Input::ProcessStart(start_s));
+                }
+            }
+            changed = relearn.changed() => {
+                let Ok(()) = changed else { return };
+                rank.handle(Input::Relearn);
+            }
+        }
+        done = rank.flush().await;
+    }
+}
+
+async fn next_reply(replay: &mut Option<Receiver<Replayed>>) -> Option<Replayed> {
+    match replay {
+        Some(receiver) => receiver.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep(duration: Option<Duration>) {
+    match duration {
+        Some(duration) => tokio::time::sleep(duration).await,
+        None => std::future::pending().await,
+    }
+}
+
+struct Rank<R> {
+    worker: Worker,
+    publisher: Publisher,
+    stream: Stream,
+    lane: Lane,
+    counters: Arc<RankCounters>,
+    report: R,
+    actions: Vec<Action>,
+    /// Events not in the lane yet.
+    events: Vec<KvEvent>,
+    /// Why the last connection ended or could not be made.
+    lost: Option<String>,
+    /// The stream's counters as far as they are in `counters`, which outlive the stream.
+    counted: Counters,
+    replay: Option<Receiver<Replayed>>,
+    replay_task: Option<OwnedTask>,
+}
+
+impl<R: Report> Rank<R> {
+    fn heard(&mut self, heard: Heard) {
+        match heard {
+            Heard::Connected => {
+                self.lost = None;
+                self.counters.update(|stats| {
+                    stats.connected = true;
+                    stats.connect_error = None;
+                    stats.connects += 1;
+                });
+                self.handle(Input::Connected);
+                self.report.connection_changed();
+            }
+            Heard::Message(message) => {
+                let bytes: usize = message.iter().map(bytes::Bytes::len).sum();
+                self.counters.update(|stats| {
+                    stats.messages += 1;
+                    stats.bytes += bytes as u64;
+                    stats.heard = Some(Instant::now());
+                });
+                self.handle(Input::Live(&frames(&message)));
+            }
+            Heard::Lost(error) => {
+                let error = error.to_string();
+                let was_connected = self.lost.is_none();
+                self.counters.update(|stats| {
+                    stats.connected = false;
+                    stats.connect_error = Some(error.clone());
+                });
+                let news = self.lost.as_ref() != Some(&error);
+                self.lost = Some(error);
+                self.handle(Input::Disconnected);
+                if was_connected {
+                    self.report.connection_changed();
+                }
+                if news {
+                    self.tell(self.stream.state());
+                }
+            }
+        }
+    }
+
+    fn replayed(&mut self, reply: Option<Replayed>) {
+        let Some(Replayed { attempt, frames: message }) = reply else {
+            self.replay = None;
+            self.replay_task = None;
+            return;
+        };
+        match message {
+            Some(message) => {
+                self.counters.update(|stats| {
+                    stats.replay_messages += 1;
+                    stats.heard = Some(Instant::now());
+                });
+                self.handle(Input::Replay { attempt, frames: &frames(&message) });
+            }
+            None => self.handle(Input::ReplayFailed { attempt }),
+        }
+    }
+
+    /// Passes one input to the stream and does what it says.
+    fn handle(&mut self, input: Input<'_>) {
+        let mut actions = std::mem::take(&mut self.actions);
+        self.stream.handle(input, clock::now_ms(), &mut actions);
+        for action in actions.drain(..) {
+            match action {
+                Action::Apply(event) => self.events.push(event),
+                Action::Reset { epoch } => {
+                    self.events.push(KvEvent::Cleared { tier: None });
+                    self.counters.update(|stats| stats.epoch = epoch);
+                }
+                Action::RequestReplay { attempt, from_seq } => {
+                    (self.replay, self.replay_task) = (None, None);
+                    if let Some(endpoint) = self.publisher.replay.clone() {
+                        let (receiver, task) = socket::replay(endpoint, attempt, from_seq);
+                        (self.replay, self.replay_task) = (Some(receiver), Some(task));
+                    }
+                }
+                Action::StateChanged(state) => self.tell(state),
+                Action::Dropped(reason) => {
+                    let at = DropReason::ALL.iter().position(|r| *r == reason);
+                    self.counters.update(|stats| {
+                        if let Some(count) = at.and_then(|at| stats.drops.get_mut(at)) {
+                            *count += 1;
+                        }
+                    });
+                }
+            }
+        }
+        self.actions = actions;
+    }
+
+    fn tell(&self, state: State) {
+        let lost = || {
+            let endpoint = &self.publisher.events;
+            self.lost.as_ref().map_or_else(
+                || format!("connecting to {endpoint}"),
+                |why| format!("no connection to {endpoint}: {why}"),
+            )
+        };
+        let trust = match state {
+            State::Live => Trust::Live,
+            State::Replaying => Trust::Replaying,
+            State::Rebuilding => Trust::Rebuilding("what was published before is not known".to_owned()),
+            State::Blind => Trust::Blind(lost()),
+            State::Degraded(Fault::Disconnected) => Trust::Degraded(lost()),
+            State::Degraded(Fault::ReplayUnanswered) => Trust::Degraded(match &self.publisher.replay {
+                Some(endpoint) => format!("{endpoint} does not answer replay requests"),
+                None => "there is no replay endpoint".to_owned(),
+            }),
+            State::Degraded(Fault::Undecodable) => {
+                Trust::Degraded("its event batches cannot be decoded".to_owned())
+            }
+            State::Degraded(Fault::RemovalLost) => {
+                Trust::Degraded("a removal could not be decoded".to_owned())
+            }
+        };
+        self.report.trust(self.worker, trust);
+    }
+
+    /// Puts what was gathered into the lane, waiting while it is full.
+    async fn flush(&mut self) -> Result<(), Closed> {
+        let (seen, before) = (self.stream.counters(), self.counted);
+        self.counted = seen;
+        self.counters.update(|stats| {
+            stats.batches += seen.batches - before.batches;
+            stats.gaps += seen.gaps - before.gaps;
+            stats.replays += seen.replays - before.replays;
+            stats.restarts += seen.restarts - before.restarts;
+            stats.unknown_media += seen.unknown_media - before.unknown_media;
+        });
+        if self.events.is_empty() {
+            return Ok(());
+        }
+        let work = Work::Apply {
+            worker: self.worker,
+            events: std::mem::take(&mut self.events),
+            counters: Arc::clone(&self.counters),
+            published_s: self.stream.last_ts_s(),
+            queued: Instant::now(),
+        };
+        self.lane.send(work).await
+    }
+}
+
+fn frames(message: &Message) -> Vec<&[u8]> {
+    message.iter().map(AsRef::as_ref).collect()
+}

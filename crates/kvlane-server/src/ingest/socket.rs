@@ -1,0 +1,120 @@
+//! The two sockets of a publisher, each read by a task of its own.
+//!
+//! The subscription is connected again for ever; its connections' beginnings and ends travel in one queue with the messages,
+//! because only their order tells whether a batch is from before or after an engine's restart.
+//!
+//! A replay is one connection for one question. It is read without waiting for the index: an engine's ROUTER drops what a slow
+//! reader leaves lying (1,000 messages by default), and a replay has up to 10,000.
+
+use super::weighed::{Receiver, Sender, weighed};
+use super::zmtp::{Connection, Message, Role, ZmtpError};
+use crate::config::Endpoint;
+use std::time::Duration;
+use tokio::task::JoinHandle;
+
+/// Bytes of live messages that may wait between socket and stream.
+const LIVE_BYTES: u32 = 4 << 20;
+/// Bytes of replayed messages that may wait.
+const REPLAY_BYTES: u32 = 128 << 20;
+/// First pause before a subscription is connected again; doubles up to the longest.
+const RECONNECT_FIRST: Duration = Duration::from_millis(50);
+/// The longest such pause. An engine that is back must be exact again within 2 s.
+const RECONNECT_LONGEST: Duration = Duration::from_millis(800);
+
+/// What a subscription says, in order.
+pub(super) enum Heard {
+    Connected,
+    Message(Message),
+    Lost(ZmtpError),
+}
+
+/// What a replay says.
+pub(super) struct Replayed {
+    pub(super) attempt: u64,
+    /// `None`: it failed or broke off.
+    pub(super) frames: Option<Message>,
+}
+
+/// A task that ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct OwnedTask(JoinHandle<()>);
+
+impl OwnedTask {
+    fn spawn(task: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self(tokio::spawn(task))
+    }
+}
+
+impl Drop for OwnedTask {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+fn bytes(message: &Message) -> usize {
+    message.iter().map(bytes::Bytes::len).sum()
+}
+
+/// Subscribes to everything whose topic begins with `topic`.
+pub(super) fn subscribe(endpoint: Endpoint, topic: String) -> (Receiver<Heard>, OwnedTask) {
+    let (sender, receiver) = weighed(LIVE_BYTES);
+    let task = OwnedTask::spawn(async move {
+        let mut pause = RECONNECT_FIRST;
+        loop {
+            let Err(error) = listen(&endpoint, &topic, &sender, &mut pause).await else { return };
+            if sender.send(Heard::Lost(error), 1).await.is_err() {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RECONNECT_LONGEST);
+        }
+    });
+    (receiver, task)
+}
+
+/// One connection, to its end; `Ok` if nobody listens any more.
+async fn listen(
+    endpoint: &Endpoint,
+    topic: &str,
+    sender: &Sender<Heard>,
+    pause: &mut Duration,
+) -> Result<(), ZmtpError> {
+    let mut connection = Connection::open(endpoint, Role::Sub).await?;
+    connection.subscribe(topic).await?;
+    *pause = RECONNECT_FIRST;
+    let mut sent = sender.send(Heard::Connected, 1).await;
+    while sent.is_ok() {
+        let message = connection.recv().await?;
+        let weight = bytes(&message);
+        sent = sender.send(Heard::Message(message), weight).await;
+    }
+    Ok(())
+}
+
+/// Asks for everything from `from_seq` on.
+pub(super) fn replay(endpoint: Endpoint, attempt: u64, from_seq: u64) -> (Receiver<Replayed>, OwnedTask) {
+    let (sender, receiver) = weighed(REPLAY_BYTES);
+    let task = OwnedTask::spawn(async move {
+        let _failed = ask(&endpoint, attempt, from_seq, &sender).await;
+        let _ = sender.send(Replayed { attempt, frames: None }, 1).await;
+    });
+    (receiver, task)
+}
+
+async fn ask(
+    endpoint: &Endpoint,
+    attempt: u64,
+    from_seq: u64,
+    sender: &Sender<Replayed>,
+) -> Result<(), ZmtpError> {
+    let mut connection = Connection::open(endpoint, Role::Dealer).await?;
+    connection.send(&[b"", &from_seq.to_be_bytes()]).await?;
+    loop {
+        let frames = connection.recv().await?;
+        let is_end = frames.last().is_some_and(bytes::Bytes::is_empty);
+        let weight = bytes(&frames);
+        if sender.send(Replayed { attempt, frames: Some(frames) }, weight).await.is_err() || is_end {
+            return Ok(());
+        }
+    }
+}
