@@ -1,9 +1,9 @@
 //! One model's way from request to tokens.
 
-use crate::chat;
+use crate::chat::{self, ChatInputs};
 use crate::error::{LoadError, PromptError, Unroutable};
 use crate::request::{Endpoint, PromptInput, RequestFields, prompt_inputs};
-use crate::template::ChatTemplate;
+use crate::template::ChatTemplates;
 use crate::tokenizer::Tokenizer;
 use serde_json::{Map, Value as Json};
 use std::path::Path;
@@ -43,7 +43,7 @@ pub struct Prompt {
 #[derive(Debug)]
 pub struct ModelPrompt {
     tokenizer: Tokenizer,
-    template: Option<ChatTemplate>,
+    templates: ChatTemplates,
     config: PromptConfig,
 }
 
@@ -60,8 +60,8 @@ impl ModelPrompt {
         };
         let settings = crate::tokenizer::TokenizerConfig::load(&dir)?;
         let tokenizer = Tokenizer::load(&file, &settings)?;
-        let template = ChatTemplate::load(&dir, &settings, &config)?;
-        Ok(Self { tokenizer, template, config })
+        let templates = ChatTemplates::load(&dir, &settings, &config)?;
+        Ok(Self { tokenizer, templates, config })
     }
 
     /// The prompts of `request`, one for each element of a batch, in its order.
@@ -82,9 +82,21 @@ impl ModelPrompt {
 
     /// The text that a chat request is rendered to, before tokenization.
     pub fn render(&self, request: &RequestFields, local_unix_s: i64) -> Result<String, PromptError> {
-        let template = self.template.as_ref().ok_or(Unroutable::NoTemplate)?;
-        let inputs = chat::inputs(request, template, &self.config)?;
-        Ok(template.render(&inputs, local_unix_s)?)
+        if request.add_generation_prompt && request.continue_final_message {
+            return Err(Unroutable::Rejected.into());
+        }
+        let mut variables = chat::variables(request, &self.config)?;
+        let tools = chat::tools(request, &self.config, &mut variables)?;
+        let template = self.templates.select(!tools.is_null()).ok_or(Unroutable::NoTemplate)?;
+        let format = self.config.content_format.unwrap_or(template.content_format);
+        let messages = chat::messages(request, format, template.knows_developer())?;
+        if messages.is_empty() {
+            return Err(Unroutable::Rejected.into());
+        }
+        variables.remove("continue_final_message");
+        let continue_final_message = request.continue_final_message;
+        let inputs = ChatInputs { messages, tools, variables, continue_final_message };
+        Ok(template.render(inputs, local_unix_s)?)
     }
 
     fn completion(&self, request: &RequestFields) -> Result<Vec<Prompt>, PromptError> {
@@ -99,30 +111,53 @@ impl ModelPrompt {
         prompt_inputs(json)?
             .into_iter()
             .map(|input| match input {
+                PromptInput::Text(text) if text.is_empty() => Err(Unroutable::Rejected.into()),
                 PromptInput::Text(text) => self.tokenize(request, &text, special),
                 PromptInput::Tokens(tokens) => self.fit(request, tokens),
             })
             .collect()
     }
 
+    /// Tokenizes and truncates as the request asks and the engine's limit says.
     fn tokenize(&self, request: &RequestFields, text: &str, special: bool) -> Result<Prompt, PromptError> {
-        let tokens = self.tokenizer.encode(text, special)?;
+        let limit = self.limit(request);
+        // With a side given the engine cuts afterwards, through the special tokens too.
+        let early = if request.truncate_left.is_none() { limit } else { None };
+        let mut text = text;
+        if let Some(max) = self.config.max_model_len.map(|len| self.tokenizer.max_chars(len as usize))
+            && text.len() > max
+        {
+            match (request.truncate_prompt_tokens, request.truncate_left) {
+                (None, _) if text.chars().count() > max => return Err(Unroutable::TooLong.into()),
+                (Some(_), Some(true)) => {
+                    let cut = text.char_indices().rev().nth(max.saturating_sub(1)).map_or(0, |(at, _)| at);
+                    text = &text[cut..];
+                }
+                (Some(_), Some(false)) => {
+                    let cut = text.char_indices().nth(max).map_or(text.len(), |(at, _)| at);
+                    text = &text[..cut];
+                }
+                _ => {}
+            }
+        }
+        let tokens = self.tokenizer.encode(text, special, early)?;
         self.fit(request, tokens)
     }
 
-    /// Truncates as the request asks.
+    /// Most tokens of the prompt to keep, if the request asks for truncation.
+    fn limit(&self, request: &RequestFields) -> Option<usize> {
+        match (request.truncate_prompt_tokens?, self.config.max_model_len) {
+            (n, _) if n >= 0 => usize::try_from(n).ok(),
+            // As long as the model takes, less a token held back for the answer.
+            (_, Some(len)) => Some((len as usize).saturating_sub(usize::from(asks_for_tokens(request)))),
+            (_, None) => None,
+        }
+    }
+
+    /// Truncates, by default to the last tokens, and refuses what is still too long.
     fn fit(&self, request: &RequestFields, mut tokens: Vec<u32>) -> Result<Prompt, PromptError> {
-        let limit = match (request.truncate_prompt_tokens, self.config.max_model_len) {
-            (None, _) => None,
-            (Some(n), _) if n >= 0 => Some(usize::try_from(n).unwrap_or(usize::MAX)),
-            // "As long as the model takes", one token of it held back for the answer.
-            (Some(_), Some(len)) => {
-                Some((len as usize).saturating_sub(usize::from(request.max_tokens != Some(0))))
-            }
-            (Some(_), None) => None,
-        };
-        if let Some(limit) = limit.filter(|&limit| limit < tokens.len()) {
-            if request.truncate_left.unwrap_or(false) {
+        if let Some(limit) = self.limit(request).filter(|&limit| limit < tokens.len()) {
+            if request.truncate_left.unwrap_or(true) {
                 tokens.drain(..tokens.len() - limit);
             } else {
                 tokens.truncate(limit);
@@ -132,5 +167,14 @@ impl ModelPrompt {
             return Err(Unroutable::TooLong.into());
         }
         Ok(Prompt { tokens })
+    }
+}
+
+/// Whether the engine holds a token of the context back for the answer: it does if the request says how much it
+/// wants, and completions do by default.
+fn asks_for_tokens(request: &RequestFields) -> bool {
+    match request.max_tokens {
+        Some(n) => n > 0,
+        None => request.endpoint() == Endpoint::Completions,
     }
 }

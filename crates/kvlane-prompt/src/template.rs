@@ -1,95 +1,173 @@
 //! Chat templates, rendered as Python's `transformers` renders them.
+//!
+//! `transformers` compiles a template in Jinja's sandbox with two whitespace options, loop controls, one block tag and
+//! three functions of its own; templates lean on Python's own types besides. `minijinja` is the same author's
+//! engine for Rust; [`environment`] closes the gap between the two, and the goldens in `tests/` say how far it is closed.
 
+mod detect;
+mod environment;
+mod methods;
+mod python;
+mod strftime;
+
+use crate::chat::ChatInputs;
 use crate::error::{LoadError, Unroutable};
-use crate::model::PromptConfig;
+use crate::model::{ContentFormat, PromptConfig};
 use crate::tokenizer::{TokenizerConfig, read_optional};
-use minijinja::syntax::SyntaxConfig;
-use minijinja::{Environment, Error, ErrorKind, Value};
+use minijinja::{Environment, Error, Value};
 use serde_json::{Map, Value as Json};
 use std::path::Path;
 
-/// What a template is rendered with.
-pub(crate) struct TemplateInputs {
-    /// `messages`, `tools`, `documents`, `add_generation_prompt` and the per-request variables.
-    pub(crate) variables: Map<String, Json>,
-}
-
+/// A model's chat template, compiled, and what is known of it.
 #[derive(Debug)]
 pub(crate) struct ChatTemplate {
     env: Environment<'static>,
-    pub(crate) source: String,
+    source: String,
+    /// `bos_token` and the other special tokens, by name.
+    special_tokens: Map<String, Json>,
+    /// How the template wants content, found out from its source.
+    pub(crate) content_format: ContentFormat,
 }
 
-impl ChatTemplate {
-    /// The model's chat template, or `None` if it has none.
+/// The templates of one model: most have one, some have another for requests with tools, or named ones.
+#[derive(Debug)]
+pub(crate) struct ChatTemplates {
+    default: Option<ChatTemplate>,
+    tool_use: Option<ChatTemplate>,
+}
+
+impl ChatTemplates {
+    /// Reads the templates of a model's directory; `config.chat_template` goes before all of them.
     pub(crate) fn load(
         dir: &Path,
         settings: &TokenizerConfig,
         config: &PromptConfig,
-    ) -> Result<Option<Self>, LoadError> {
-        let path = dir.join("chat_template.jinja");
-        let source = match (&config.chat_template, read_optional(&path)?) {
-            (Some(source), _) => Some(source.clone()),
-            (None, Some(source)) => Some(source),
-            (None, None) => settings.config.get("chat_template").and_then(Json::as_str).map(str::to_owned),
-        };
-        source
-            .map(|source| {
-                Self::compile(source, settings).map_err(|e| LoadError::Malformed {
-                    path: dir.to_path_buf(),
-                    problem: format!("chat template: {e}"),
-                })
+    ) -> Result<Self, LoadError> {
+        let compile = |path: &Path, source: String| {
+            ChatTemplate::compile(source, settings).map(Some).map_err(|e| LoadError::Malformed {
+                path: path.to_path_buf(),
+                problem: format!("chat template: {e:#}"),
             })
-            .transpose()
-    }
-
-    fn compile(source: String, settings: &TokenizerConfig) -> Result<Self, Error> {
-        let mut env = Environment::new();
-        env.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
-        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
-        });
-        for name in
-            ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"]
-        {
-            let value = settings.special_tokens.get(name).or_else(|| settings.config.get(name));
-            let text = match value {
-                Some(Json::String(s)) => Some(s.as_str()),
-                Some(Json::Object(o)) => o.get("content").and_then(Json::as_str),
-                _ => None,
-            };
-            if let Some(text) = text {
-                env.add_global(name, text);
-            }
+        };
+        let file = dir.join("chat_template.jinja");
+        let tokenizer_config = dir.join("tokenizer_config.json");
+        if let Some(source) = &config.chat_template {
+            return Ok(Self { default: compile(dir, source.clone())?, tool_use: None });
         }
-        env.add_template_owned("chat", source.clone())?;
-        Ok(Self { env, source })
-    }
-
-    pub(crate) fn render(&self, inputs: &TemplateInputs, _local_unix_s: i64) -> Result<String, Unroutable> {
-        let template = self.env.get_template("chat").map_err(|_| Unroutable::TemplateFailed)?;
-        template.render(map(&inputs.variables)).map_err(|_| Unroutable::TemplateFailed)
-    }
-}
-
-fn map(object: &Map<String, Json>) -> Value {
-    Value::from_pairs(object.iter().map(|(name, json)| (name.as_str(), value(json))))
-}
-
-fn value(json: &Json) -> Value {
-    match json {
-        Json::Null => Value::from(()),
-        Json::Bool(b) => Value::from(*b),
-        Json::Number(n) => match (n.as_i64(), n.as_u64()) {
-            (Some(n), _) => Value::from(n),
-            (None, Some(n)) => Value::from(n),
-            (None, None) => {
-                Value::from(n.as_f64().expect("a JSON number without arbitrary precision is i64, u64 or f64"))
+        let additional = dir.join("additional_chat_templates/tool_use.jinja");
+        let tool_use = match read_optional(&additional)? {
+            Some(source) => compile(&additional, source)?,
+            None => None,
+        };
+        if let Some(source) = read_optional(&file)? {
+            return Ok(Self { default: compile(&file, source)?, tool_use });
+        }
+        match settings.config.get("chat_template") {
+            Some(Json::String(source)) => {
+                Ok(Self { default: compile(&tokenizer_config, source.clone())?, tool_use })
             }
-        },
-        Json::String(s) => Value::from(s.as_str()),
-        Json::Array(items) => items.iter().map(value).collect(),
-        Json::Object(object) => map(object),
+            Some(Json::Array(named)) => {
+                let source = |name: &str| {
+                    named
+                        .iter()
+                        .find(|t| t.get("name").and_then(Json::as_str) == Some(name))
+                        .and_then(|t| t.get("template")?.as_str())
+                        .map(str::to_owned)
+                };
+                let compile = |source: Option<String>| match source {
+                    Some(source) => compile(&tokenizer_config, source),
+                    None => Ok(None),
+                };
+                Ok(Self { default: compile(source("default"))?, tool_use: compile(source("tool_use"))? })
+            }
+            _ => Ok(Self { default: None, tool_use }),
+        }
     }
+
+    /// The template for a request with or without tools.
+    pub(crate) fn select(&self, with_tools: bool) -> Option<&ChatTemplate> {
+        match &self.tool_use {
+            Some(template) if with_tools => Some(template),
+            _ => self.default.as_ref(),
+        }
+    }
+}
+
+/// What marks the place where an open last message ends, as in `transformers`.
+const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
+
+impl ChatTemplate {
+    fn compile(source: String, settings: &TokenizerConfig) -> Result<Self, Error> {
+        let mut env = environment::new()?;
+        let rewritten = environment::without_generation_tags(&source);
+        let content_format = detect::content_format(&rewritten);
+        env.add_template_owned("chat", rewritten)?;
+        Ok(Self { env, source, special_tokens: settings.special_tokens(), content_format })
+    }
+
+    /// The template has a branch for the `developer` role.
+    pub(crate) fn knows_developer(&self) -> bool {
+        self.source.contains("\"developer\"") || self.source.contains("'developer'")
+    }
+
+    /// The conversation's text.
+    pub(crate) fn render(&self, mut inputs: ChatInputs, local_unix_s: i64) -> Result<String, Unroutable> {
+        let open =
+            if inputs.continue_final_message { Some(self.mark_open_message(&mut inputs)?) } else { None };
+        let mut context = self.special_tokens.clone();
+        context.extend(inputs.variables);
+        let mut context: Vec<(Value, Value)> =
+            context.iter().map(|(name, json)| (Value::from(name.as_str()), python::value(json))).collect();
+        context.push((
+            Value::from("messages"),
+            python::list(inputs.messages.iter().map(python::dict).collect()),
+        ));
+        context.push((Value::from("tools"), python::value(&inputs.tools)));
+        context.push((Value::from(environment::NOW), Value::from(local_unix_s)));
+        let template = self.env.get_template("chat").map_err(|_| Unroutable::TemplateFailed)?;
+        let text = template.render(Value::from_pairs(context)).map_err(|_| Unroutable::TemplateFailed)?;
+        match open {
+            None => Ok(text),
+            Some(last) => cut_at_tag(text, &last),
+        }
+    }
+
+    /// Tags the last message's last text; returns that text.
+    fn mark_open_message(&self, inputs: &mut ChatInputs) -> Result<String, Unroutable> {
+        if !self.source.contains("content") {
+            return Err(Unroutable::Rejected);
+        }
+        let content =
+            inputs.messages.last_mut().and_then(|m| m.get_mut("content")).ok_or(Unroutable::Rejected)?;
+        let text = match content {
+            Json::String(text) => text,
+            Json::Array(parts) => parts
+                .iter_mut()
+                .rev()
+                .find_map(|part| match part.get_mut("text") {
+                    Some(Json::String(text)) => Some(text),
+                    _ => None,
+                })
+                .ok_or(Unroutable::Rejected)?,
+            _ => return Err(Unroutable::Rejected),
+        };
+        let last = text.clone();
+        text.push_str(CONTINUE_TAG);
+        Ok(last)
+    }
+}
+
+fn cut_at_tag(mut text: String, last: &str) -> Result<String, Unroutable> {
+    let tag = CONTINUE_TAG.trim_end();
+    let at = text.rfind(tag).ok_or(Unroutable::Rejected)?;
+    if !text.contains(last.trim_matches(python::is_space)) {
+        return Err(Unroutable::Rejected);
+    }
+    // Without the tag's own last blank the template trims its messages, so the open message is trimmed too.
+    let trimmed = !text[at..].starts_with(CONTINUE_TAG);
+    text.truncate(at);
+    if trimmed {
+        text.truncate(text.trim_end_matches(python::is_space).len());
+    }
+    Ok(text)
 }

@@ -2,7 +2,10 @@
 //!
 //! The engine's tokenizer is this same library behind a binding, so using it is the shortest way to equal tokens.
 
+mod classes;
+
 use crate::error::{LoadError, Unroutable};
+use classes::Class;
 use serde_json::{Map, Value as Json};
 use std::path::Path;
 
@@ -12,15 +15,45 @@ pub(crate) struct TokenizerConfig {
     /// `tokenizer_config.json`; empty if there is none.
     pub(crate) config: Map<String, Json>,
     /// `special_tokens_map.json`; empty if there is none.
-    pub(crate) special_tokens: Map<String, Json>,
+    special_tokens: Map<String, Json>,
+    /// `model_type` of `config.json`.
+    model_type: Option<String>,
 }
 
 impl TokenizerConfig {
     pub(crate) fn load(dir: &Path) -> Result<Self, LoadError> {
-        Ok(Self {
-            config: object(&dir.join("tokenizer_config.json"))?,
-            special_tokens: object(&dir.join("special_tokens_map.json"))?,
-        })
+        let config = object(&dir.join("tokenizer_config.json"))?;
+        // The map is of an older format than the decoder; the engine reads it only in its absence.
+        let special_tokens = match config.contains_key("added_tokens_decoder") {
+            true => Map::new(),
+            false => object(&dir.join("special_tokens_map.json"))?,
+        };
+        let model = object(&dir.join("config.json"))?;
+        let model_type = model.get("model_type").and_then(Json::as_str).map(str::to_owned);
+        Ok(Self { config, special_tokens, model_type })
+    }
+}
+
+/// Names of the special tokens that templates may print.
+const SPECIAL_TOKENS: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
+impl TokenizerConfig {
+    /// The text of each special token that the model has, by its name.
+    pub(crate) fn special_tokens(&self) -> Map<String, Json> {
+        let mut out = Map::new();
+        for name in SPECIAL_TOKENS {
+            let text = match self.special_tokens.get(name).or_else(|| self.config.get(name)) {
+                Some(Json::String(text)) => text,
+                Some(Json::Object(token)) => match token.get("content") {
+                    Some(Json::String(text)) => text,
+                    _ => continue,
+                },
+                _ => continue,
+            };
+            out.insert(name.into(), Json::String(text.clone()));
+        }
+        out
     }
 }
 
@@ -41,27 +74,70 @@ pub(crate) fn read_optional(path: &Path) -> Result<Option<String>, LoadError> {
     }
 }
 
+/// A model's tokenizer.
 #[derive(Debug)]
 pub(crate) struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// What the post-processor puts before a text's own tokens, such as the beginning-of-sequence token.
+    before: Vec<u32>,
+    /// What it puts after them.
+    after: Vec<u32>,
+    /// Characters of the vocabulary's longest entry.
+    max_chars_per_token: usize,
 }
 
 impl Tokenizer {
-    pub(crate) fn load(path: &Path, _settings: &TokenizerConfig) -> Result<Self, LoadError> {
-        let text =
+    pub(crate) fn load(path: &Path, settings: &TokenizerConfig) -> Result<Self, LoadError> {
+        let malformed =
+            |e: tokenizers::Error| LoadError::Malformed { path: path.to_path_buf(), problem: e.to_string() };
+        let bytes =
             std::fs::read(path).map_err(|error| LoadError::Unreadable { path: path.to_path_buf(), error })?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(text)
-            .map_err(|e| LoadError::Malformed { path: path.to_path_buf(), problem: e.to_string() })?;
+        let mut inner = match Class::of(&settings.config, settings.model_type.as_deref()) {
+            None => tokenizers::Tokenizer::from_bytes(bytes).map_err(malformed)?,
+            Some(class) => {
+                let mut json = serde_json::from_slice(&bytes).map_err(|e| malformed(e.into()))?;
+                class.rebuild(&mut json, &settings.config);
+                serde_json::from_value(json).map_err(|e| malformed(e.into()))?
+            }
+        };
+        // The engine sets its own for each request.
         inner.with_padding(None);
-        inner
-            .with_truncation(None)
-            .map_err(|e| LoadError::Malformed { path: path.to_path_buf(), problem: e.to_string() })?;
-        Ok(Self { inner })
+        inner.with_truncation(None).map_err(malformed)?;
+        let (before, after) = frame(&inner).map_err(malformed)?;
+        let max_chars_per_token = inner.get_vocab(true).keys().map(|t| t.chars().count()).max().unwrap_or(1);
+        Ok(Self { inner, before, after, max_chars_per_token })
     }
 
-    pub(crate) fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Unroutable> {
-        let encoding =
-            self.inner.encode_fast(text, add_special_tokens).map_err(|_| Unroutable::TokenizerFailed)?;
-        Ok(encoding.get_ids().to_vec())
+    /// The most characters that `tokens` tokens can stand for, as the engine reckons.
+    pub(crate) fn max_chars(&self, tokens: usize) -> usize {
+        tokens.saturating_mul(self.max_chars_per_token)
     }
+
+    /// The token ids of `text`; with the special tokens around it if asked for. Of a text longer than `limit` the last
+    /// tokens are kept, the special ones and they together at most `limit`.
+    pub(crate) fn encode(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        limit: Option<usize>,
+    ) -> Result<Vec<u32>, Unroutable> {
+        let encoding = self.inner.encode_fast(text, false).map_err(|_| Unroutable::TokenizerFailed)?;
+        let mut content = encoding.get_ids();
+        let (before, after): (&[u32], &[u32]) =
+            if add_special_tokens { (&self.before, &self.after) } else { (&[], &[]) };
+        if let Some(room) = limit.and_then(|limit| limit.checked_sub(before.len() + after.len())) {
+            content = &content[content.len().saturating_sub(room)..];
+        }
+        Ok([before, content, after].concat())
+    }
+}
+
+/// What the post-processor puts around a text: found by handing it one token that no vocabulary has.
+fn frame(tokenizer: &tokenizers::Tokenizer) -> tokenizers::Result<(Vec<u32>, Vec<u32>)> {
+    const CONTENT: u32 = u32::MAX;
+    let token = tokenizers::Token::new(CONTENT, String::new(), (0, 0));
+    let framed = tokenizer.post_process(tokenizers::Encoding::from_tokens(vec![token], 0), None, true)?;
+    let ids = framed.get_ids();
+    let at = ids.iter().position(|&id| id == CONTENT).ok_or("the post-processor drops the text")?;
+    Ok((ids[..at].to_vec(), ids[at + 1..].to_vec()))
 }
