@@ -9,6 +9,11 @@ use xxhash_rust::xxh3::xxh3_64;
 /// How many fingerprints are kept: 32 KiB for each stream.
 const KEPT: usize = 4096;
 
+/// What two lives of an engine cannot have in common.
+pub(super) fn fingerprint(payload: &[u8]) -> u64 {
+    xxh3_64(payload)
+}
+
 /// What is known about a batch that is not the next one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Seen {
@@ -37,8 +42,13 @@ impl Recent {
         if self.prints.len() == KEPT {
             self.prints.pop_front();
         }
-        self.prints.push_back(xxh3_64(payload));
+        self.prints.push_back(fingerprint(payload));
         self.next = seq.wrapping_add(1);
+    }
+
+    /// How many fingerprints there are.
+    pub(super) fn len(&self) -> usize {
+        self.prints.len()
     }
 
     pub(super) fn clear(&mut self) {
@@ -49,7 +59,7 @@ impl Recent {
         // How far before `next`: 1 = the newest.
         let back = self.next.wrapping_sub(seq);
         match usize::try_from(back).ok().filter(|back| (1..=self.prints.len()).contains(back)) {
-            Some(back) if self.prints[self.prints.len() - back] == xxh3_64(payload) => Seen::Same,
+            Some(back) if self.prints[self.prints.len() - back] == fingerprint(payload) => Seen::Same,
             Some(_) => Seen::Other,
             None => Seen::Forgotten,
         }

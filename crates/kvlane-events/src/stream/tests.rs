@@ -120,6 +120,8 @@ fn a_gap_that_the_engine_cannot_fill_fences_the_worker() {
     t.end();
     t.live(0, &batch(1.0, 10));
     t.live(5, &batch(6.0, 15));
+    assert!(t.reply(4, &batch(5.0, 14)).is_empty());
+    assert_eq!(t.wait(), ["ask 0"]);
     assert_eq!(t.reply(4, &batch(5.0, 14)), ["reset 1", "+14"]);
     assert_eq!(t.end(), ["+15", "rebuilding"]);
 }
