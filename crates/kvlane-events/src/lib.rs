@@ -7,8 +7,11 @@
 //! * [`stream`] follows one publisher (a worker's rank): frames, connection changes and time go in; events in order,
 //!   replay requests, fences and state changes come out.
 //!
+//! TensorRT-LLM's buffered events are polled over HTTP instead; [`drain`] is the machine for them.
+//!
 //! Whoever owns the sockets feeds a [`stream::Stream`] and does what it says; nothing here waits.
 
+pub mod drain;
 mod msgpack;
 pub mod resolve;
 pub mod stream;

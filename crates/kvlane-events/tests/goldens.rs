@@ -6,6 +6,7 @@
 
 mod support;
 
+use kvlane_events::drain::Drain;
 use kvlane_events::stream::{Action, Input};
 use kvlane_events::wire::{self, EngineKind, Stored, WireEvent};
 use kvlane_index::{BlockSize, GroupKind, IndexConfig, KvEvent, Worker};
@@ -117,6 +118,17 @@ fn describe(file: &Path, engine: EngineKind) -> String {
                     writeln!(out, "  * replay from {from_seq}").unwrap();
                 }
             }
+        }
+    }
+    let mut drain = Drain::new(BlockSize::new(block_size).unwrap(), 10_000);
+    for line in &lines {
+        let Line::Drained(event) = line else { continue };
+        writeln!(out, "drained {}", event["event_id"]).unwrap();
+        let mut actions = Vec::new();
+        let body = serde_json::to_vec(&[event]).unwrap();
+        drain.handle(kvlane_events::drain::Input::Body(&body), 0, &mut actions);
+        for (rank, action) in actions {
+            writeln!(out, "  rank {rank}: {action:?}").unwrap();
         }
     }
     // Captures of a replay alone: what a router learns that starts then.

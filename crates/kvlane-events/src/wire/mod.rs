@@ -7,6 +7,7 @@
 //! Nothing is dropped without a [`DropReason`]. An element that cannot be used costs that event only; bytes that are not
 //! MessagePack, or not a batch, cost the batch, and the stream treats it as a hole.
 
+pub mod drain;
 mod fields;
 pub mod sglang;
 pub mod trtllm;

@@ -15,8 +15,14 @@ pub enum Line {
     Meta(Value),
     Request(Value),
     Response(Value),
-    Frames { live: bool, source: String, frames: Vec<Vec<u8>> },
+    Frames {
+        live: bool,
+        source: String,
+        frames: Vec<Vec<u8>>,
+    },
     Note(String),
+    /// An event of TensorRT-LLM's buffered path.
+    Drained(Value),
     Other,
 }
 
@@ -50,6 +56,7 @@ fn parse(mut line: Value) -> Line {
             source: text(&line["source"]),
             frames: line["frames_hex"].take().as_array().unwrap().iter().map(|f| bytes(&text(f))).collect(),
         },
+        "engine_event" => Line::Drained(line["json"].take()),
         "note" => Line::Note(text(&line["text"])),
         _ => Line::Other,
     }
