@@ -4,6 +4,7 @@
 
 #![expect(clippy::print_stdout, reason = "a command-line tool speaks to a person")]
 
+mod bench;
 mod layers;
 mod tidy;
 
@@ -12,6 +13,9 @@ use clap::Parser;
 /// The project's own chores.
 #[derive(Parser)]
 enum Task {
+    /// Measure beside the peers.
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// Compare the crates' dependencies with the table in ARCHITECTURE.md.
     Layers,
     /// Check what no compiler checks: module headers, forbidden words, file sizes.
@@ -20,6 +24,7 @@ enum Task {
 
 fn main() -> anyhow::Result<()> {
     match Task::parse() {
+        Task::Bench(what) => bench::run(&what),
         Task::Layers => layers::check(),
         Task::Tidy => tidy::check(),
     }

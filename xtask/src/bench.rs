@@ -1,0 +1,44 @@
+//! Benchmarks, which live in workspaces of their own so that no shipped crate sees a peer's.
+//!
+//! Each needs a release build of minutes and a machine that is not too busy; none runs in CI.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+/// What to measure. What follows is passed on.
+#[derive(clap::Subcommand)]
+pub enum Bench {
+    /// The index beside its peers (`bench/opponents`): tables and plots of BENCHMARKS.md.
+    Index {
+        /// A question or `all` (without one: all), and its options: `--quick`, `--trace FILE`, `--only NAMES`, `--rounds N`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+}
+
+/// Runs it.
+pub fn run(bench: &Bench) -> Result<()> {
+    match bench {
+        Bench::Index { arguments } => {
+            let question = arguments.first().is_some_and(|a| !a.starts_with('-'));
+            let mut all = if question { vec![] } else { vec!["all".to_owned()] };
+            all.extend(arguments.iter().cloned());
+            workspace("bench/opponents", &all)
+        }
+    }
+}
+
+fn workspace(folder: &str, arguments: &[String]) -> Result<()> {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(folder).join("Cargo.toml");
+    let status = Command::new(env!("CARGO"))
+        .args(["run", "--release", "--locked", "--manifest-path"])
+        .arg(&manifest)
+        .arg("--")
+        .args(arguments)
+        .status()
+        .with_context(|| format!("could not run {}", manifest.display()))?;
+    ensure!(status.success(), "{folder}: {status}");
+    Ok(())
+}
