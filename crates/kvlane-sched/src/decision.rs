@@ -7,7 +7,7 @@ use kvlane_index::Worker;
 use std::fmt;
 
 /// Terms that a policy may have.
-pub const MAX_TERMS: usize = 6;
+pub const MAX_TERMS: usize = 8;
 
 /// Workers named in [`Decision::order`]: the choice and those to try if it cannot be reached. A request that fails at so many is not helped
 /// by another.
@@ -100,6 +100,8 @@ pub struct Decision {
     pub rows: Vec<Row>,
     /// Why the first of `order` was taken.
     pub picked_because: PickedBecause,
+    /// Tokens that the caches of all eligible candidates hold.
+    pub(crate) fleet_kv_tokens: u64,
     /// Scratch of the pick, kept for its memory.
     pub(crate) ranking: Vec<u32>,
 }

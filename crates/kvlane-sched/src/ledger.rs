@@ -15,7 +15,7 @@ pub struct Load {
     pub prefill_requests: u32,
     /// Prompt tokens that those still have to compute.
     pub prefill_tokens: u64,
-    /// Milliseconds that their prefill was expected to take, when each was booked.
+    /// Milliseconds that their prefill was expected to take when each was booked.
     pub prefill_ms: f64,
     /// Requests that had their first token and have not ended.
     pub decode_requests: u32,
@@ -25,6 +25,9 @@ pub struct Load {
     pub prompt_tokens: u64,
     /// Output tokens so far of requests in flight.
     pub output_tokens: u64,
+    /// When the prefill that is computed now began, at the earliest: the latest first token or end of a prefill here, or the booking that ended an idle
+    /// time.
+    pub prefill_since_ms: f64,
     /// The number of the latest booking here, counted over all workers from 1; 0 = none yet.
     pub last_booking: u64,
 }
@@ -35,6 +38,16 @@ impl Load {
         self.prefill_requests + self.decode_requests
     }
 
+    /// Milliseconds of booked prefill that are not done yet, as far as can be told: the one that is computed now may be done in part, but has
+    /// not ended.
+    pub fn queue_ms(&self, now_ms: f64) -> f64 {
+        /// Share of the mean prefill that may be taken as done.
+        const MOST_DONE: f64 = 0.9;
+        let mean_ms = self.prefill_ms / f64::from(self.prefill_requests.max(1));
+        let done_ms = (now_ms - self.prefill_since_ms).clamp(0.0, (mean_ms * MOST_DONE).max(0.0));
+        (self.prefill_ms - done_ms).max(0.0)
+    }
+
     /// Tokens of device memory that requests in flight occupy.
     pub const fn kv_tokens(&self) -> u64 {
         self.prompt_tokens + self.output_tokens
@@ -43,23 +56,25 @@ impl Load {
 
 /// What is reserved for one request.
 #[derive(Clone, Copy, Debug)]
-pub struct Booking<'a> {
+pub(crate) struct Booking<'a> {
     /// For which request.
-    pub id: RequestId,
+    pub(crate) id: RequestId,
     /// Where.
-    pub worker: Worker,
+    pub(crate) worker: Worker,
     /// Length of its prompt.
-    pub prompt_tokens: u32,
+    pub(crate) prompt_tokens: u32,
     /// How many of those are expected to come from a cache.
-    pub cached_tokens: u32,
+    pub(crate) cached_tokens: u32,
     /// What the rest is expected to take.
-    pub prefill_ms: f64,
-    /// Output tokens expected.
-    pub output_tokens: u32,
+    pub(crate) prefill_ms: f64,
+    /// When.
+    pub(crate) now_ms: f64,
+    /// Opaque number of its model.
+    pub(crate) model: u64,
     /// Opaque prefix ids of its leading blocks, see [`crate::Request::blocks`].
-    pub blocks: &'a [u64],
+    pub(crate) blocks: &'a [u64],
     /// Tokens that each id stands for.
-    pub block_id_tokens: u32,
+    pub(crate) block_id_tokens: u32,
 }
 
 /// Why a request could not be booked.
@@ -83,11 +98,18 @@ impl std::error::Error for BookError {}
 #[derive(Debug)]
 pub(crate) struct InFlight {
     pub(crate) worker: Worker,
+    pub(crate) model: u64,
     pub(crate) prompt_tokens: u32,
     pub(crate) cached_tokens: u32,
+    pub(crate) booked_ms: f64,
+    /// Of its own.
     pub(crate) prefill_ms: f64,
-    /// Output tokens so far; `None` before the first.
-    pub(crate) output: Option<u32>,
+    /// Of those before it, when it was booked.
+    pub(crate) queue_ms: f64,
+    /// When its first token came and at which load; `None` before.
+    pub(crate) first: Option<(f64, Load)>,
+    /// Output tokens so far.
+    pub(crate) output: u32,
     /// Tokens of the prompt that no block id covers.
     tail_tokens: u32,
     blocks: Vec<u64>,
@@ -144,7 +166,7 @@ impl Ledger {
     }
 
     /// Reserves the work of a request.
-    pub fn book(&mut self, booking: &Booking<'_>) -> Result<(), BookError> {
+    pub(crate) fn book(&mut self, booking: &Booking<'_>) -> Result<(), BookError> {
         if self.requests.contains_key(&booking.id) {
             return Err(BookError::Duplicate);
         }
@@ -152,18 +174,25 @@ impl Ledger {
         let cached_tokens = booking.cached_tokens.min(booking.prompt_tokens);
         let block_tokens = (booking.blocks.len() as u64 * u64::from(booking.block_id_tokens))
             .min(u64::from(booking.prompt_tokens)) as u32;
+        let account = self.accounts.entry(booking.worker).or_default();
+        account.retired = false;
         let request = InFlight {
             worker: booking.worker,
+            model: booking.model,
+            booked_ms: booking.now_ms,
+            queue_ms: account.load.queue_ms(booking.now_ms),
             prompt_tokens: booking.prompt_tokens,
             cached_tokens,
             prefill_ms: booking.prefill_ms.max(0.0),
-            output: None,
+            first: None,
+            output: 0,
             tail_tokens: booking.prompt_tokens - block_tokens,
             blocks: booking.blocks.to_vec(),
         };
-        let account = self.accounts.entry(booking.worker).or_default();
-        account.retired = false;
         account.load.last_booking = self.bookings;
+        if account.load.prefill_requests == 0 {
+            account.load.prefill_since_ms = booking.now_ms;
+        }
         account.load.prefill_requests += 1;
         account.load.prefill_tokens += u64::from(booking.prompt_tokens - cached_tokens);
         account.load.prefill_ms += request.prefill_ms;
@@ -179,50 +208,49 @@ impl Ledger {
         Ok(())
     }
 
-    /// The first token came: prefill is done. Unknown ids and repetitions change nothing.
-    pub fn first_token(&mut self, id: RequestId) {
-        if let Some(request) = self.requests.get_mut(&id)
-            && request.output.is_none()
-            && let Some(account) = self.accounts.get_mut(&request.worker)
-        {
-            account.end_prefill(request);
-            request.output = Some(1);
-            account.load.decode_requests += 1;
-            account.load.decode_tokens += u64::from(request.prompt_tokens) + 1;
-            account.load.output_tokens += 1;
-        }
+    /// The first token came: prefill is done. Unknown ids and repetitions change nothing and give `None`.
+    pub(crate) fn first_token(&mut self, id: RequestId, now_ms: f64) -> Option<&InFlight> {
+        let request = self.requests.get_mut(&id).filter(|r| r.first.is_none())?;
+        let account =
+            self.accounts.get_mut(&request.worker).expect("an account lives while a request is booked on it");
+        account.end_prefill(request, now_ms);
+        account.load.decode_requests += 1;
+        account.load.decode_tokens += u64::from(request.prompt_tokens) + 1;
+        account.load.output_tokens += 1;
+        request.first = Some((now_ms, account.load));
+        request.output = 1;
+        Some(request)
     }
 
-    /// `tokens` more output tokens came; implies the first. Unknown ids change nothing.
-    pub fn output(&mut self, id: RequestId, tokens: u32) {
-        let tokens = match self.requests.get(&id) {
-            Some(InFlight { output: None, .. }) => {
-                self.first_token(id);
-                tokens.saturating_sub(1)
-            }
-            Some(_) => tokens,
-            None => return,
-        };
+    /// Whether this request is in flight and without its first token.
+    pub(crate) fn first_is_due(&self, id: RequestId) -> bool {
+        self.requests.get(&id).is_some_and(|r| r.first.is_none())
+    }
+
+    /// `tokens` more output tokens came after the first. Unknown ids change nothing.
+    pub(crate) fn output(&mut self, id: RequestId, tokens: u32) {
         if let Some(request) = self.requests.get_mut(&id)
             && let Some(account) = self.accounts.get_mut(&request.worker)
+            && request.first.is_some()
         {
-            request.output = request.output.map(|o| o.saturating_add(tokens));
+            let tokens = tokens.min(u32::MAX - request.output);
+            request.output += tokens;
             account.load.decode_tokens += u64::from(tokens);
             account.load.output_tokens += u64::from(tokens);
         }
     }
 
-    /// The request ended, whatever ended it: all that it reserved is released. Idempotent; unknown ids change nothing.
-    pub fn end(&mut self, id: RequestId) {
-        let Some(request) = self.requests.remove(&id) else { return };
-        let Some(account) = self.accounts.get_mut(&request.worker) else { return };
-        match request.output {
-            None => account.end_prefill(&request),
-            Some(output) => {
-                account.load.decode_requests -= 1;
-                account.load.decode_tokens -= u64::from(request.prompt_tokens) + u64::from(output);
-                account.load.output_tokens -= u64::from(output);
-            }
+    /// The request ended, whatever ended it: all that it reserved is released. `None` if it had ended before or never began.
+    pub(crate) fn end(&mut self, id: RequestId, now_ms: f64) -> Option<InFlight> {
+        let request = self.requests.remove(&id)?;
+        let account =
+            self.accounts.get_mut(&request.worker).expect("an account lives while a request is booked on it");
+        if request.first.is_some() {
+            account.load.decode_requests -= 1;
+            account.load.decode_tokens -= u64::from(request.prompt_tokens) + u64::from(request.output);
+            account.load.output_tokens -= u64::from(request.output);
+        } else {
+            account.end_prefill(&request, now_ms);
         }
         account.load.prompt_tokens -= u64::from(request.tail_tokens);
         for block in &request.blocks {
@@ -236,10 +264,11 @@ impl Ledger {
         if account.retired && account.load.requests() == 0 {
             self.accounts.remove(&request.worker);
         }
+        Some(request)
     }
 
     /// The worker is gone for good: drops its account as soon as nothing is in flight there.
-    pub fn forget(&mut self, worker: Worker) {
+    pub(crate) fn forget(&mut self, worker: Worker) {
         if let Some(account) = self.accounts.get_mut(&worker) {
             account.retired = true;
             if account.load.requests() == 0 {
@@ -250,7 +279,8 @@ impl Ledger {
 }
 
 impl Account {
-    fn end_prefill(&mut self, request: &InFlight) {
+    fn end_prefill(&mut self, request: &InFlight, now_ms: f64) {
+        self.load.prefill_since_ms = now_ms;
         self.load.prefill_requests -= 1;
         self.load.prefill_tokens -= u64::from(request.prompt_tokens - request.cached_tokens);
         self.load.prefill_ms -= request.prefill_ms;

@@ -13,8 +13,10 @@
 mod candidate;
 mod decision;
 mod hash;
+mod learn;
 mod ledger;
 pub mod policy;
+mod pressure;
 pub mod rates;
 mod request;
 mod rng;
@@ -23,7 +25,7 @@ mod session;
 
 pub use candidate::{Candidate, EngineLimits, OverlapTokens, Profile};
 pub use decision::{Decision, FilterReason, MAX_ORDER, MAX_TERMS, PickedBecause, Reject, Row};
-pub use ledger::{BookError, Booking, Ledger, Load};
+pub use ledger::{BookError, Ledger, Load};
 pub use policy::{Policy, UnknownPolicy};
 pub use request::{DEFAULT_OUTPUT_TOKENS, Pin, Request, RequestId};
 pub use rng::Rng;

@@ -39,6 +39,8 @@ impl Pin {
 pub struct Request<'a> {
     /// Its name.
     pub id: RequestId,
+    /// Opaque number of the model (or adapter), for which answer lengths are learnt; 0 if there is only one.
+    pub model: u64,
     /// Prompt length in tokens; `None` where the prompt was not tokenised (a policy that is blind to the cache).
     pub prompt_tokens: Option<u32>,
     /// Prompt length in bytes, the fallback estimate when `prompt_tokens` is unknown; 0 if that is unknown too.
@@ -65,6 +67,7 @@ impl Request<'_> {
     pub const fn new(id: RequestId, prompt_tokens: u32) -> Self {
         Self {
             id,
+            model: 0,
             prompt_tokens: Some(prompt_tokens),
             prompt_bytes: 0,
             expected_output_tokens: None,

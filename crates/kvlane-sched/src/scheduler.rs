@@ -4,8 +4,10 @@
 //! all choose the worker that was idle.
 
 use crate::decision::{Decision, FilterReason, MAX_ORDER, MAX_TERMS, PickedBecause, Reject, Row};
-use crate::ledger::{BookError, Booking, Ledger};
+use crate::learn::{Answered, Learnt, Prefilled};
+use crate::ledger::{BookError, Booking, Ledger, Load};
 use crate::policy::{Fleet, Policy, Task, View};
+use crate::pressure::{DEFAULT_KV_TOKENS, Pressure};
 use crate::rates::Rates;
 use crate::session::Sessions;
 use crate::{Candidate, Request, RequestId, Rng};
@@ -17,6 +19,8 @@ pub struct Scheduler {
     policy: Box<dyn Policy>,
     ledger: Ledger,
     sessions: Sessions,
+    pressure: Pressure,
+    learnt: Learnt,
 }
 
 impl Scheduler {
@@ -36,8 +40,8 @@ impl Scheduler {
     }
 
     /// How fast `worker` is, as far as is known.
-    pub fn rates(&self, _worker: Worker) -> Rates {
-        Rates::default()
+    pub fn rates(&self, worker: Worker) -> Rates {
+        self.learnt.rates(worker)
     }
 
     /// Chooses a worker for `request` and fills `decision` with the choice and the reasons; changes nothing else, so a dry run is the same
@@ -50,8 +54,11 @@ impl Scheduler {
         rng: &mut Rng,
         decision: &mut Decision,
     ) -> Result<(), Reject> {
-        let task =
-            Task { request, prompt_tokens: request.tokens(), output_tokens: request.output_tokens(None) };
+        let task = Task {
+            request,
+            prompt_tokens: request.tokens(),
+            output_tokens: request.output_tokens(self.learnt.output_tokens(request.model)),
+        };
         decision.request = Some(request.id);
         decision.now_ms = now_ms;
         decision.policy = self.policy.name();
@@ -63,7 +70,8 @@ impl Scheduler {
         decision.rows.clear();
         decision.ranking.clear();
 
-        let mut fleet = Fleet::default();
+        let mut fleet = Fleet { now_ms, ..Fleet::default() };
+        decision.fleet_kv_tokens = 0;
         let bound = request.session.and_then(|s| self.sessions.get(s));
         for candidate in candidates {
             let row = Row {
@@ -76,6 +84,7 @@ impl Scheduler {
             };
             if row.filtered.is_none() {
                 fleet.eligible += 1;
+                decision.fleet_kv_tokens += candidate.profile.kv_tokens().unwrap_or(DEFAULT_KV_TOKENS);
                 fleet.requests += u64::from(row.load.requests());
                 fleet.session_worker = fleet.session_worker.or(bound.filter(|b| *b == row.worker));
                 decision.ranking.push(decision.rows.len() as u32);
@@ -92,11 +101,17 @@ impl Scheduler {
         if let Some(sample) = self.policy.sample() {
             draw(decision, sample, rng);
         }
+        fleet.utilisation = self.pressure.utilisation(fleet.eligible, now_ms);
         for i in &decision.ranking {
             let candidate = &candidates[*i as usize];
             let row = &mut decision.rows[*i as usize];
             let rates = self.rates(candidate.worker);
-            self.policy.score(&task, &View { candidate, rates, fleet: &fleet, ledger: &self.ledger }, row);
+            let allocation = self.pressure.allocation(candidate.worker, fleet.eligible);
+            self.policy.score(
+                &task,
+                &View { candidate, rates, allocation, fleet: &fleet, ledger: &self.ledger },
+                row,
+            );
             row.total = row.terms.iter().sum();
         }
         pick(decision, rng);
@@ -110,20 +125,24 @@ impl Scheduler {
         request: &Request<'_>,
         decision: &Decision,
         worker: Worker,
-        _now_ms: f64,
+        now_ms: f64,
     ) -> Result<(), BookError> {
         let prompt_tokens = request.tokens();
         let cached_tokens = decision.row(worker).map_or(0, |r| r.cached_tokens).min(prompt_tokens);
+        let prefill_ms = self.rates(worker).prefill_ms(prompt_tokens - cached_tokens, cached_tokens);
         self.ledger.book(&Booking {
             id: request.id,
             worker,
             prompt_tokens,
             cached_tokens,
-            prefill_ms: self.rates(worker).prefill_ms(prompt_tokens - cached_tokens, cached_tokens),
-            output_tokens: decision.output_tokens,
+            prefill_ms,
+            now_ms,
+            model: request.model,
             blocks: request.blocks,
             block_id_tokens: request.block_id_tokens,
         })?;
+        let allocated = u64::from(prompt_tokens - cached_tokens) + u64::from(decision.output_tokens);
+        self.pressure.book(worker, prefill_ms, allocated, decision.fleet_kv_tokens, now_ms);
         if let Some(session) = request.session {
             self.sessions.put(session, worker);
         }
@@ -131,24 +150,51 @@ impl Scheduler {
     }
 
     /// The first token of a request came at `now_ms`. Repetitions and unknown ids change nothing.
-    pub fn first_token(&mut self, id: RequestId, _now_ms: f64) {
-        self.ledger.first_token(id);
+    pub fn first_token(&mut self, id: RequestId, now_ms: f64) {
+        if let Some(request) = self.ledger.first_token(id, now_ms) {
+            let factor = self.learnt.rates(request.worker).prefill_factor;
+            self.learnt.prefilled(&Prefilled {
+                worker: request.worker,
+                waited_ms: now_ms - request.booked_ms,
+                prompt_tokens: request.prompt_tokens,
+                cached_tokens: request.cached_tokens,
+                prior_queue_ms: request.queue_ms / factor,
+            });
+        }
     }
 
     /// `tokens` more output tokens came (the first included, if it was not reported).
-    pub fn output(&mut self, id: RequestId, tokens: u32, _now_ms: f64) {
-        self.ledger.output(id, tokens);
+    pub fn output(&mut self, id: RequestId, tokens: u32, now_ms: f64) {
+        let mut more = tokens;
+        if self.ledger.first_is_due(id) && tokens > 0 {
+            self.first_token(id, now_ms);
+            more -= 1;
+        }
+        self.ledger.output(id, more);
     }
 
     /// The request ended, however it did. Idempotent.
-    pub fn end(&mut self, id: RequestId, _now_ms: f64) {
-        self.ledger.end(id);
+    pub fn end(&mut self, id: RequestId, now_ms: f64) {
+        let Some(request) = self.ledger.end(id, now_ms) else { return };
+        let Some((first_ms, load)) = request.first else { return };
+        let now_load = self.ledger.load(request.worker);
+        let prior = Rates::default();
+        let step_ms = |load: &Load| prior.step_ms(load.decode_requests, load.decode_tokens);
+        self.learnt.answered(&Answered {
+            worker: request.worker,
+            model: request.model,
+            output_tokens: request.output,
+            decoded_ms: now_ms - first_ms,
+            prior_step_ms: (step_ms(&load) + step_ms(&now_load)) / 2.0,
+        });
     }
 
     /// The worker left for good: nothing is remembered of it once its requests have ended.
     pub fn forget(&mut self, worker: Worker) {
         self.ledger.forget(worker);
         self.sessions.forget(worker);
+        self.pressure.forget(worker);
+        self.learnt.forget(worker);
     }
 }
 

@@ -1,5 +1,6 @@
 //! Behaviour at the crate's boundary, for every policy.
 
+use crate::ledger::Booking;
 use crate::policy::NAMES;
 use crate::*;
 use kvlane_index::{InstanceId, Worker};
@@ -162,7 +163,8 @@ fn the_ledger_returns_to_zero() {
                         prompt_tokens,
                         cached_tokens: rng.below(600) as u32,
                         prefill_ms: rng.unit() * 100.0,
-                        output_tokens: 10,
+                        model: 0,
+                        now_ms: 0.0,
                         blocks: &blocks,
                         block_id_tokens: 1 + rng.below(3) as u32 * 16,
                     };
@@ -176,19 +178,19 @@ fn the_ledger_returns_to_zero() {
                         live.push(id);
                     }
                 }
-                2 => ledger.first_token(id),
+                2 => drop(ledger.first_token(id, 0.0)),
                 3 => ledger.output(id, rng.below(9) as u32),
                 4 => ledger.forget(Worker::new(rng.below(3) as u64, 0)),
                 _ => {
-                    ledger.end(id);
+                    ledger.end(id, 0.0);
                     live.retain(|l| *l != id);
                 }
             }
             assert_eq!(ledger.requests(), live.len(), "seed {seed}");
         }
         for id in live {
-            ledger.end(id);
-            ledger.end(id);
+            ledger.end(id, 0.0);
+            ledger.end(id, 0.0);
         }
         for (worker, load) in ledger.loads() {
             assert_eq!(
@@ -211,7 +213,8 @@ fn shared_blocks_are_counted_once() {
             prompt_tokens: 40,
             cached_tokens: 0,
             prefill_ms: 1.0,
-            output_tokens: 1,
+            model: 0,
+            now_ms: 0.0,
             blocks: &[11, 12],
             block_id_tokens: 16,
         };
@@ -221,7 +224,7 @@ fn shared_blocks_are_counted_once() {
     assert_eq!(ledger.load(worker).kv_tokens(), 40);
     book(&mut ledger, 2);
     assert_eq!(ledger.load(worker).kv_tokens(), 48);
-    ledger.end(RequestId(1));
+    ledger.end(RequestId(1), 0.0);
     assert_eq!(ledger.load(worker).kv_tokens(), 40);
 }
 
@@ -296,4 +299,90 @@ fn the_reference_counts_blocks() {
     // 48 tokens (100 - 52 cached) are in prefill there, and the second's blocks are all active.
     assert_eq!(d.rows[0].terms[..2], [7.0 - 3.25, 6.0]);
     assert_eq!(d.rows[1].terms[..2], [4.0, 4.0]);
+}
+
+/// Serves one request at `worker` alone, `factor` times slower than the priors.
+fn serve_alone(s: &mut Scheduler, worker: Worker, id: u64, factor: f64, now_ms: f64) -> f64 {
+    let profile = Profile::new(16);
+    let candidates = [Candidate::new(worker, &profile)];
+    let request = Request::new(RequestId(id), 4000);
+    let mut d = Decision::default();
+    s.decide(&request, &candidates, now_ms, &mut Rng::new(id), &mut d).unwrap();
+    s.book(&request, &d, worker, now_ms).unwrap();
+    let prior = rates::Rates::default();
+    let first = now_ms + prior.front_end_ms(4000) + factor * prior.prefill_ms(4000, 0);
+    s.first_token(request.id, first);
+    let end = first + factor * 99.0 * prior.step_ms(1, 4050);
+    s.output(request.id, 99, end);
+    s.end(request.id, end);
+    end
+}
+
+#[test]
+fn speeds_are_learnt_and_outliers_are_bounded() {
+    let mut s = scheduler("kv");
+    let (slow, fast, new) = (Worker::new(0, 0), Worker::new(1, 0), Worker::new(2, 0));
+    let mut now = 0.0;
+    for id in 0..40 {
+        now = serve_alone(&mut s, slow, 2 * id, 50.0, now);
+        now = serve_alone(&mut s, fast, 2 * id + 1, 0.5, now);
+    }
+    let close = |a: f64, b: f64| (a / b - 1.0).abs() < 0.1;
+    assert!(close(s.rates(slow).prefill_factor, 50.0), "{:?}", s.rates(slow));
+    assert!(close(s.rates(slow).decode_factor, 50.0), "{:?}", s.rates(slow));
+    assert!(close(s.rates(fast).prefill_factor, 0.5), "{:?}", s.rates(fast));
+    // An engine that hung for an hour is twice as slow at most in our eyes.
+    serve_alone(&mut s, fast, 1000, 1e6, now);
+    assert!(s.rates(fast).prefill_factor < 1.0);
+    // Of a new one only its fleet is known: something between.
+    assert!((0.5..50.0).contains(&s.rates(new).prefill_factor));
+    s.forget(slow);
+    assert_eq!(s.rates(slow), s.rates(new));
+}
+
+#[test]
+fn answers_get_as_long_as_they_were() {
+    let profile = Profile::new(16);
+    let candidates = candidates(&profile, 1);
+    let mut s = scheduler("kv");
+    let mut rng = Rng::new(1);
+    for id in 0..50 {
+        let mut request = Request::new(RequestId(id), 100);
+        request.model = id % 2;
+        book(&mut s, &request, &candidates, &mut rng);
+        s.output(request.id, if id % 2 == 0 { 30 } else { 900 }, 1.0);
+        s.end(request.id, 2.0);
+    }
+    let mut expected = |model, most| {
+        let mut request = Request::new(RequestId(99), 100);
+        request.model = model;
+        request.max_output_tokens = most;
+        decide(&s, &request, &candidates, &mut rng).output_tokens
+    };
+    assert_eq!(
+        [expected(0, None), expected(1, None), expected(1, Some(7)), expected(2, None)],
+        [30, 900, 7, 256]
+    );
+}
+
+#[test]
+fn an_idle_fleet_fills_its_caches_evenly() {
+    // All prompts share one block that only worker 0 holds: that saves little, so it must not draw everything there.
+    let profile = Profile::new(16);
+    let mut candidates = candidates(&profile, 4);
+    candidates[0].overlap.device = 16;
+    let mut s = scheduler("kv");
+    let mut rng = Rng::new(1);
+    let mut counts = [0; 4];
+    for id in 0..200 {
+        let request = Request::new(RequestId(id), 2000);
+        let now_ms = id as f64 * 10_000.0;
+        let mut d = Decision::default();
+        s.decide(&request, &candidates, now_ms, &mut rng, &mut d).unwrap();
+        s.book(&request, &d, d.order[0], now_ms).unwrap();
+        counts[d.order[0].instance.0 as usize] += 1;
+        s.first_token(request.id, now_ms + 60.0);
+        s.end(request.id, now_ms + 60.0);
+    }
+    assert!(counts.iter().all(|c| (40..70).contains(c)), "{counts:?}");
 }

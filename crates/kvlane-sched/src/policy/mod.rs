@@ -28,6 +28,10 @@ pub struct Fleet {
     pub eligible: u32,
     /// Requests in flight at all of them.
     pub requests: u64,
+    /// Share of time, 0 to 1, that they spend on prefill.
+    pub utilisation: f64,
+    /// When the decision is made.
+    pub now_ms: f64,
     /// Where the request's session was last, if that worker is eligible.
     pub session_worker: Option<Worker>,
 }
@@ -39,6 +43,8 @@ pub struct View<'a> {
     pub candidate: &'a Candidate<'a>,
     /// How fast it is, as far as is known.
     pub rates: Rates,
+    /// Tokens that it recently made room for, over the mean of the eligible.
+    pub allocation: f64,
     /// It and the others.
     pub fleet: &'a Fleet,
     /// What is in flight.

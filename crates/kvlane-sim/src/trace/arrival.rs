@@ -82,6 +82,32 @@ impl Shape {
     }
 }
 
+/// Gives the requests of a trace without sessions those that their prompts show: a prompt that repeats the whole blocks of an earlier one (but
+/// perhaps its last) continues that conversation. Starts stay as they are.
+pub(super) fn infer_sessions(trace: &mut Trace) {
+    /// Fewer shared blocks are a system prompt.
+    const SHORTEST: usize = 2;
+    let mut seen_in: Vec<Option<u32>> = vec![None; trace.distinct as usize];
+    let mut latest: Vec<usize> = Vec::new();
+    for i in 0..trace.requests.len() {
+        let blocks = &trace.arena[trace.requests[i].ids.clone()];
+        let deepest = blocks.iter().enumerate().rev().find_map(|(at, b)| seen_in[*b as usize].map(|s| (at + 1, s)));
+        let session = match deepest {
+            Some((depth, s)) if depth >= SHORTEST && depth + 1 >= latest[s as usize] => s,
+            _ => {
+                latest.push(0);
+                latest.len() as u32 - 1
+            }
+        };
+        latest[session as usize] = blocks.len();
+        for b in blocks {
+            seen_in[*b as usize] = Some(session);
+        }
+        trace.requests[i].session = session;
+    }
+    trace.sessions = latest.len() as u32;
+}
+
 /// Orders the requests: sessions by their first start, open-loop requests by time, turns in order; renumbers the sessions densely.
 pub(super) fn order(trace: &mut Trace) {
     // A turn sorts with the latest start before it in its session, so that it keeps its place behind it.

@@ -203,6 +203,9 @@ fn finish(mut trace: Trace) -> Result<Trace, ReadError> {
         return Err(ReadError::Empty);
     }
     super::arrival::order(&mut trace);
+    if trace.sessions() as usize == trace.requests.len() {
+        super::arrival::infer_sessions(&mut trace);
+    }
     Ok(trace)
 }
 
