@@ -93,6 +93,26 @@ impl ChatTemplates {
     }
 }
 
+/// Why a rendering gave no text.
+#[derive(Debug)]
+enum Failed {
+    #[expect(dead_code, reason = "shown by failing tests alone: it may quote the conversation")]
+    Template(Error),
+    Request(Unroutable),
+}
+
+impl From<Error> for Failed {
+    fn from(e: Error) -> Self {
+        Self::Template(e)
+    }
+}
+
+impl From<Unroutable> for Failed {
+    fn from(e: Unroutable) -> Self {
+        Self::Request(e)
+    }
+}
+
 /// What marks the place where an open last message ends, as in `transformers`.
 const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 
@@ -111,7 +131,15 @@ impl ChatTemplate {
     }
 
     /// The conversation's text.
-    pub(crate) fn render(&self, mut inputs: ChatInputs, local_unix_s: i64) -> Result<String, Unroutable> {
+    pub(crate) fn render(&self, inputs: ChatInputs, local_unix_s: i64) -> Result<String, Unroutable> {
+        // What the template engine says may quote the conversation, so it stops here.
+        self.render_or_explain(inputs, local_unix_s).map_err(|failed| match failed {
+            Failed::Template(_) => Unroutable::TemplateFailed,
+            Failed::Request(cause) => cause,
+        })
+    }
+
+    fn render_or_explain(&self, mut inputs: ChatInputs, local_unix_s: i64) -> Result<String, Failed> {
         let open =
             if inputs.continue_final_message { Some(self.mark_open_message(&mut inputs)?) } else { None };
         let mut context = self.special_tokens.clone();
@@ -124,11 +152,10 @@ impl ChatTemplate {
         ));
         context.push((Value::from("tools"), python::value(&inputs.tools)));
         context.push((Value::from(environment::NOW), Value::from(local_unix_s)));
-        let template = self.env.get_template("chat").map_err(|_| Unroutable::TemplateFailed)?;
-        let text = template.render(Value::from_pairs(context)).map_err(|_| Unroutable::TemplateFailed)?;
+        let text = self.env.get_template("chat")?.render(Value::from_pairs(context))?;
         match open {
             None => Ok(text),
-            Some(last) => cut_at_tag(text, &last),
+            Some(last) => Ok(cut_at_tag(text, &last)?),
         }
     }
 
@@ -171,3 +198,6 @@ fn cut_at_tag(mut text: String, last: &str) -> Result<String, Unroutable> {
     }
     Ok(text)
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,9 +15,9 @@ pub(crate) struct TokenizerConfig {
     /// `tokenizer_config.json`; empty if there is none.
     pub(crate) config: Map<String, Json>,
     /// `special_tokens_map.json`; empty if there is none.
-    special_tokens: Map<String, Json>,
+    pub(crate) special_tokens: Map<String, Json>,
     /// `model_type` of `config.json`.
-    model_type: Option<String>,
+    pub(crate) model_type: Option<String>,
 }
 
 impl TokenizerConfig {

@@ -61,8 +61,10 @@ pub(super) fn new() -> Result<Environment<'static>, Error> {
     env.add_test("sequence", |value: &Value| {
         matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::String | ValueKind::Undefined)
     });
-    env.add_test("iterable", |value: &Value| {
-        matches!(value.kind(), ValueKind::String | ValueKind::Undefined) || value.try_iter().is_ok()
+    env.add_test("iterable", |value: &Value| match value.kind() {
+        ValueKind::String | ValueKind::Undefined => true,
+        ValueKind::None => false,
+        _ => value.try_iter().is_ok(),
     });
     env.add_test("integer", |value: &Value| value.kind() == ValueKind::Number && value.is_integer());
     env.add_test("callable", |value: &Value| value.kind() == ValueKind::Plain);
