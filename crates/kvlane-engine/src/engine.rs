@@ -345,6 +345,11 @@ impl Engine {
         cleared
     }
 
+    /// Changes how long things take, from the next step on.
+    pub fn set_timing(&mut self, timing: Timing) {
+        self.config.timing = timing;
+    }
+
     /// What the engine is busy with.
     pub fn load(&self) -> Load {
         Load {

@@ -29,7 +29,7 @@ enum Command {
     /// See it work without a GPU: four mock engines and the router in one process, then a comparison.
     Demo(demo::Args),
     /// Run one engine that only pretends: vLLM's HTTP and cache events, a real block cache, measured times.
-    MockEngine(mock_engine::Args),
+    MockEngine(Box<mock_engine::Args>),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -43,7 +43,7 @@ fn main() -> anyhow::Result<()> {
         match cli.command {
             Command::Serve(args) => serve::run(args).await,
             Command::Demo(args) => demo::run(args).await,
-            Command::MockEngine(args) => mock_engine::run(args).await,
+            Command::MockEngine(args) => mock_engine::run(*args).await,
         }
     })
 }
