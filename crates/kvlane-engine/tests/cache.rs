@@ -1,7 +1,7 @@
 //! What the events say is what the cache holds, whatever the requests: compared with the index's oracle.
 
 use kvlane_engine::{Engine, EngineConfig, Request, RequestId, StepOutput};
-use kvlane_index::reference::Reference;
+use kvlane_index::reference::Oracle;
 use kvlane_index::{BlockHash, BlockSize, EngineHash, IndexConfig, KvEvent, MAX_COPIES, Worker};
 use proptest::prelude::*;
 use std::collections::HashMap;
@@ -44,7 +44,7 @@ proptest! {
             block_size, blocks, step_tokens, max_running: 4, ..EngineConfig::h200_llama_8b()
         });
         let worker = Worker::new(1, 0);
-        let mut index = Reference::new(&IndexConfig::new(block_size));
+        let mut index = Oracle::new(&IndexConfig::new(block_size));
         let mut copies: HashMap<EngineHash, u32> = HashMap::new();
         let mut most_copies = 0;
         let (mut out, mut now, mut open) = (StepOutput::default(), 0, HashMap::new());
@@ -110,14 +110,14 @@ fn answered(out: &StepOutput, open: &mut HashMap<RequestId, (u32, u32)>) -> Resu
 }
 
 fn apply(
-    index: &mut Reference,
+    index: &mut Oracle,
     worker: Worker,
     out: &StepOutput,
     copies: &mut HashMap<EngineHash, u32>,
     most_copies: &mut u32,
 ) {
     for event in &out.events {
-        index.apply(worker, &event.event);
+        let _counts = index.apply(worker, &event.event);
         match &event.event {
             KvEvent::Stored { blocks, .. } => {
                 for block in blocks {
@@ -139,7 +139,7 @@ fn apply(
 
 fn compare(
     engine: &Engine,
-    index: &Reference,
+    index: &Oracle,
     worker: Worker,
     copies: &HashMap<EngineHash, u32>,
     most_copies: u32,

@@ -3,6 +3,8 @@
 //! Scenarios 10 and 11 were recorded from one engine with 24 blocks: eviction, reset, copies of one hash. Hashes differ
 //! (the model's are not SHA-256), so each recorded hash must stand for exactly one of ours.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests, outside of test functions")]
+
 use kvlane_engine::{Engine, EngineConfig, Request, RequestId, StepOutput};
 use kvlane_index::hash::{Namespace, prompt_hashes};
 use kvlane_index::{BlockSize, EngineHash, KvEvent};

@@ -1,5 +1,7 @@
 //! The encoders write what a real vLLM 0.32 wrote, byte for byte.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests, outside of test functions")]
+
 use kvlane_engine::wire::{Form, ReplayForm, publish_frames, replay_end_frames, replay_frames, write_batch};
 use kvlane_engine::{CacheEvent, Content, StoredContent};
 use kvlane_index::{BlockHash, BlockSize, EngineHash, Group, GroupId, KvEvent, StoredBlock, Tier};
@@ -18,15 +20,17 @@ fn a_batch_is_written_as_vllm_wrote_it() {
     let mut compared = 0;
     for (name, capture) in CAPTURES {
         for line in capture.lines().map(json).filter(|line| line["kind"] == "frames") {
-            let [ts, events, rank] = line["decoded"].as_array().unwrap().as_slice() else {
+            let [_, events, rank] = line["decoded"].as_array().unwrap().as_slice() else {
                 panic!("a batch of 3")
             };
             let block_size = BlockSize::new(32).unwrap();
             let events: Vec<CacheEvent> = events.as_array().unwrap().iter().map(event).collect();
             let mut payload = Vec::new();
             let rank = rank.as_u64().map(|rank| rank as u32);
-            write_batch(Form::VllmMap, ts.as_f64().unwrap(), &events, rank, block_size, &mut payload);
+            // The recording's JSON does not carry the last bit of the time, its bytes do.
             let recorded: Vec<String> = line["frames_hex"].as_array().unwrap().iter().map(text).collect();
+            let ts = f64::from_be_bytes(unhex(&recorded[2])[2..10].try_into().unwrap());
+            write_batch(Form::VllmMap, ts, &events, rank, block_size, &mut payload);
             let topic = String::from_utf8(unhex(&recorded[0])).unwrap();
             let frames = publish_frames(&topic, line["seq"].as_u64().unwrap(), payload);
             let written: Vec<String> = frames.iter().map(|frame| hex(frame)).collect();

@@ -95,8 +95,8 @@ impl Head {
 impl Chunks for Head {
     fn opening(&self, said: &Said) -> Option<Value> {
         let delta = json!({"role": "assistant", "content": ""});
-        let mut chunk = self
-            .chunk(json!([{"index": said.index, "delta": delta, "logprobs": null, "finish_reason": null}]));
+        let choice = json!({"index": said.index, "delta": delta, "logprobs": null, "finish_reason": null});
+        let mut chunk = self.chunk(&[choice]);
         chunk["prompt_token_ids"] = json!(self.prompt);
         chunk["prompt_text"] = Value::Null;
         Some(chunk)
