@@ -13,8 +13,10 @@ pub mod hash;
 mod ids;
 mod overlaps;
 mod partition;
+mod prefix;
 pub mod reference;
 mod tier;
+mod tree;
 
 pub use applied::Applied;
 pub use config::{Held, IndexConfig, IndexStats};

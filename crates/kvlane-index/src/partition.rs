@@ -1,12 +1,8 @@
 //! One partition of the index: a writer that applies events and handles that answer.
-//!
-//! # Consistency
-//!
-//! An answer reflects every event whose `apply` returned before the call began, and perhaps events applied while it ran.
 
-use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::reference::Oracle;
+use crate::tree::{Shared, Tree};
 use crate::{Applied, BlockHash, Held, IndexConfig, IndexStats, InstanceId, KvEvent, Overlaps, Worker};
 
 /// Makes the writer and the first reader of an empty partition: one model family and one block size.
@@ -29,88 +25,93 @@ use crate::{Applied, BlockHash, Held, IndexConfig, IndexStats, InstanceId, KvEve
 /// assert_eq!(overlaps.get(worker).expect("it holds the first block").device, 1);
 /// ```
 pub fn partition(config: IndexConfig) -> (IndexWriter, Index) {
-    let shared = Arc::new(RwLock::new(Oracle::new(&config)));
-    (IndexWriter { shared: Arc::clone(&shared) }, Index { shared })
+    let tree = Tree::new(&config);
+    let shared = Arc::clone(tree.shared());
+    let tree = Arc::new(Mutex::new(tree));
+    (IndexWriter { tree: Arc::clone(&tree) }, Index { shared, tree })
 }
 
 /// Applies the events of a partition, each worker's in the order of its publisher.
 #[derive(Debug)]
 pub struct IndexWriter {
-    shared: Arc<RwLock<Oracle>>,
+    tree: Arc<Mutex<Tree>>,
 }
 
 /// Answers questions about a partition; cheap to clone and to share.
+///
+/// # Consistency
+///
+/// [`overlap`](Self::overlap) takes no lock, waits for nobody and writes nothing that is shared. It sees every event
+/// whose `apply` returned, and every prediction whose `predict` returned, before the call began; it may see some of what
+/// is applied while it runs. Its answer was true at one moment during the call, or, when the runs that the prompt goes through keep
+/// changing under it, is less than that; it is never more.
+///
+/// The other calls wait for the event that is being applied, and hold up the next one.
 #[derive(Clone, Debug)]
 pub struct Index {
-    shared: Arc<RwLock<Oracle>>,
+    shared: Arc<Shared>,
+    tree: Arc<Mutex<Tree>>,
 }
 
 impl IndexWriter {
     /// Applies one event of `worker`; never fails: what it could not do, it counts.
     pub fn apply(&mut self, worker: Worker, event: &KvEvent) -> Applied {
-        self.write().apply(worker, event)
+        lock(&self.tree).apply(worker, event)
     }
 
     /// Forgets everything about one rank.
     pub fn remove_worker(&mut self, worker: Worker) -> Applied {
-        self.write().remove_worker(worker)
+        lock(&self.tree).remove_worker(worker)
     }
 
     /// Forgets everything about all ranks of one instance.
     pub fn remove_instance(&mut self, instance: InstanceId) -> Applied {
-        self.write().remove_instance(instance)
-    }
-
-    fn write(&self) -> RwLockWriteGuard<'_, Oracle> {
-        self.shared.write().expect("no apply panics")
+        lock(&self.tree).remove_instance(instance)
     }
 }
 
 impl Index {
     /// Who holds the beginning of `prompt`, into `out` (which is emptied first).
     pub fn overlap(&self, prompt: &[BlockHash], out: &mut Overlaps) {
-        *out = self.read().overlap(prompt);
+        self.shared.overlap(prompt, out);
     }
 
     /// Notes that `worker` will soon hold these blocks, which begin at the root of a prompt.
     ///
     /// Visible to the next `overlap` of every handle. A prefix predicted twice keeps the later deadline.
     pub fn predict(&self, worker: Worker, blocks: &[BlockHash], until_ms: u64) {
-        self.write().predict(worker, blocks, until_ms);
+        lock(&self.tree).predict(worker, blocks, until_ms);
     }
 
     /// Drops the predictions with `until_ms <= now_ms`.
     pub fn expire(&self, now_ms: u64) {
-        self.write().expire(now_ms);
+        lock(&self.tree).expire(now_ms);
     }
 
     /// Drops the predictions of one rank.
     pub fn forget_predictions(&self, worker: Worker) {
-        self.write().forget_predictions(worker);
+        lock(&self.tree).forget_predictions(worker);
     }
 
     /// What each rank holds, sorted by worker, tier and group; a group that was shown is listed even if it is empty.
     pub fn workers(&self) -> Vec<Held> {
-        self.read().workers()
+        lock(&self.tree).workers()
     }
 
-    /// Figures of the partition.
+    /// Figures of the partition. Cost: one look at each run.
     pub fn stats(&self) -> IndexStats {
-        self.read().stats()
+        lock(&self.tree).stats()
     }
 
-    /// The events that give an empty index what `worker` holds.
+    /// The events that give an empty index what `worker` holds at known places.
     ///
-    /// Chains come before what follows them. Predictions are not part of it, and neither are orphans.
+    /// They begin by showing the worker's groups, in events that store nothing; chains come before what follows them. A block below a
+    /// hole is preceded by fillers for the hole, which are removed again at the end. Predictions and orphans are left out.
     pub fn dump(&self, worker: Worker) -> Vec<KvEvent> {
-        self.read().dump(worker)
+        lock(&self.tree).dump(worker)
     }
+}
 
-    fn read(&self) -> RwLockReadGuard<'_, Oracle> {
-        self.shared.read().expect("no apply panics")
-    }
-
-    fn write(&self) -> RwLockWriteGuard<'_, Oracle> {
-        self.shared.write().expect("no apply panics")
-    }
+fn lock(tree: &Mutex<Tree>) -> MutexGuard<'_, Tree> {
+    tree.lock().expect("nothing that holds the lock panics")
 }

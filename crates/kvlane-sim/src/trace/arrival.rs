@@ -91,7 +91,8 @@ pub(super) fn infer_sessions(trace: &mut Trace) {
     let mut latest: Vec<usize> = Vec::new();
     for i in 0..trace.requests.len() {
         let blocks = &trace.arena[trace.requests[i].ids.clone()];
-        let deepest = blocks.iter().enumerate().rev().find_map(|(at, b)| seen_in[*b as usize].map(|s| (at + 1, s)));
+        let deepest =
+            blocks.iter().enumerate().rev().find_map(|(at, b)| seen_in[*b as usize].map(|s| (at + 1, s)));
         let session = match deepest {
             Some((depth, s)) if depth >= SHORTEST && depth + 1 >= latest[s as usize] => s,
             _ => {

@@ -1,0 +1,493 @@
+//! Blocks enter a tier.
+//!
+//! The common case (a rank with nothing but main names, blocks that are new or bear the name that the event gives them) goes by
+//! whole stretches of runs. Everything else goes block by block through [`Tree::store_one`], which spells out the semantics of
+//! [`reference`](crate::reference).
+
+use super::Tree;
+use super::cover::Cover;
+use super::names::spread;
+use super::orphans::Fate;
+use super::ranks::Twin;
+use super::runs::{NAMELESS, Segment};
+use super::shared::{Class, NONE};
+use crate::reference::MAX_COPIES;
+use crate::{Applied, BlockHash, EngineHash, StoredBlock};
+
+/// What a rank knows about a name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Known {
+    No,
+    /// Held at this block.
+    At(u32),
+    /// Held, but its place is not known.
+    Orphan,
+}
+
+impl Tree {
+    // ---- names of a rank -----------------------------------------------------------------------------------------------------------
+
+    #[inline]
+    pub(super) fn main_block(&self, name: u64) -> Option<u32> {
+        if name == NAMELESS {
+            return None;
+        }
+        self.names.find(spread(name), |block| self.engines.get(block) == name)
+    }
+
+    pub(super) fn is_main(&self, block: u32, name: u64) -> bool {
+        name != NAMELESS && self.engines.get(block) == name
+    }
+
+    pub(super) fn holds_block(&self, rank: u32, block: u32) -> bool {
+        let (run, at) = self.locate(block);
+        self.rank(rank).classes.iter().any(|c| self.holds(run, at, rank, c.class))
+    }
+
+    /// Where a rank holds a name.
+    pub(super) fn known(&self, rank: u32, name: u64) -> Known {
+        let state = self.rank(rank);
+        if !state.aliases.is_empty()
+            && let Some(&block) = state.aliases.get(&name)
+        {
+            return Known::At(block);
+        }
+        if !state.orphans.is_empty() && state.orphans.holds(name) {
+            return Known::Orphan;
+        }
+        let Some(block) = self.main_block(name) else { return Known::No };
+        if let Some(twins) = state.twins.get(&block) {
+            return if twins.iter().any(|t| t.name == name) { Known::At(block) } else { Known::No };
+        }
+        if (state.aliased.is_empty() || !state.is_aliased(block)) && self.holds_block(rank, block) {
+            Known::At(block)
+        } else {
+            Known::No
+        }
+    }
+
+    // ---- copies and twins ----------------------------------------------------------------------------------------------------------
+
+    /// Adds `copies` of a name at a block in a class; how many of them are new.
+    pub(super) fn grant(&mut self, rank: u32, class: Class, name: u64, block: u32, copies: u8) -> u8 {
+        let (run, at) = self.locate(block);
+        if let Some(twins) = self.rank_mut(rank).twins.get_mut(&block) {
+            let twin = match twins.iter().position(|t| t.name == name) {
+                Some(i) => &mut twins[i],
+                None => {
+                    twins.push(Twin { name, copies: Vec::new() });
+                    twins.last_mut().expect("pushed a moment ago")
+                }
+            };
+            let had = add_copies(&mut twin.copies, class, copies);
+            if !self.is_main(block, name) {
+                self.rank_mut(rank).aliases.insert(name, block);
+            }
+            self.count_name(rank, class, had, true);
+            self.hold(run, rank, class, at, at + 1);
+            return had;
+        }
+        if !self.holds_block(rank, block) {
+            // The first name of the rank here.
+            if !self.is_main(block, name) && !self.give_main_name(block, EngineHash(name)) {
+                let state = self.rank_mut(rank);
+                state.aliases.insert(name, block);
+                state.set_aliased(block, true);
+            }
+            self.hold(run, rank, class, at, at + 1);
+            self.set_copies(rank, class, block, copies);
+            self.count_name(rank, class, 0, true);
+            return 0;
+        }
+        if self.only_name(rank, block) == name {
+            let had = self.copies(rank, class, run, at, block);
+            self.set_copies(rank, class, block, had.saturating_add(copies).min(MAX_COPIES));
+            self.count_name(rank, class, had, true);
+            self.hold(run, rank, class, at, at + 1);
+            return had;
+        }
+        self.make_twins(rank, block);
+        self.grant(rank, class, name, block, copies)
+    }
+
+    fn count_name(&mut self, rank: u32, class: Class, had: u8, up: bool) {
+        if had == 0 {
+            let names = &mut self.rank_mut(rank).shown(class).names;
+            *names = if up { *names + 1 } else { *names - 1 };
+        }
+    }
+
+    /// The one name under which a rank holds a block.
+    fn only_name(&self, rank: u32, block: u32) -> u64 {
+        let state = self.rank(rank);
+        if !state.is_aliased(block) {
+            return self.engines.get(block);
+        }
+        // Rare: a second name for a block that has an alias already.
+        let (name, _) =
+            state.aliases.iter().find(|(_, b)| **b == block).expect("an aliased block has an alias");
+        *name
+    }
+
+    /// Copies of the one name that a rank has for a block.
+    fn copies(&self, rank: u32, class: Class, run: u32, at: u32, block: u32) -> u8 {
+        if !self.holds(run, at, rank, class) {
+            return 0;
+        }
+        let more = &self.rank(rank).copies;
+        if more.is_empty() { 1 } else { 1 + more.get(&(class.0, block)).copied().unwrap_or(0) }
+    }
+
+    fn set_copies(&mut self, rank: u32, class: Class, block: u32, copies: u8) {
+        let more = &mut self.rank_mut(rank).copies;
+        if copies > 1 {
+            more.insert((class.0, block), copies - 1);
+        } else if !more.is_empty() {
+            more.remove(&(class.0, block));
+        }
+    }
+
+    /// Writes out what a rank holds at a block under its one name, before a second name joins.
+    fn make_twins(&mut self, rank: u32, block: u32) {
+        let name = self.only_name(rank, block);
+        let (run, at) = self.locate(block);
+        let classes: Vec<Class> = self.rank(rank).classes.iter().map(|c| c.class).collect();
+        let mut copies = Vec::new();
+        for class in classes {
+            let n = self.copies(rank, class, run, at, block);
+            if n > 0 {
+                copies.push((class, n));
+                self.set_copies(rank, class, block, 0);
+            }
+        }
+        let state = self.rank_mut(rank);
+        state.set_aliased(block, false);
+        state.twins.insert(block, vec![Twin { name, copies }]);
+    }
+
+    /// Goes back from twins to one name or none; what the rank holds of the block is set to what its names hold.
+    pub(super) fn settle_twins(&mut self, rank: u32, block: u32) {
+        let mut twins = self.rank_mut(rank).twins.remove(&block).expect("the caller saw them");
+        twins.retain(|t| !t.copies.is_empty());
+        let (run, at) = self.locate(block);
+        let classes: Vec<Class> = self.rank(rank).classes.iter().map(|c| c.class).collect();
+        for class in classes {
+            if !twins.iter().any(|t| t.copies.iter().any(|(c, _)| *c == class)) {
+                self.lose(run, rank, class, at, at + 1);
+            }
+        }
+        match twins.as_slice() {
+            [] => {}
+            [Twin { name, copies }] => {
+                let is_alias = !self.is_main(block, *name);
+                self.rank_mut(rank).set_aliased(block, is_alias);
+                for (class, n) in copies {
+                    self.set_copies(rank, *class, block, *n);
+                }
+            }
+            _ => {
+                self.rank_mut(rank).twins.insert(block, twins);
+            }
+        }
+    }
+
+    /// A rank forgets a name and all that it holds under it.
+    pub(super) fn forget(&mut self, rank: u32, name: u64, block: u32) {
+        let (run, at) = self.locate(block);
+        self.rank_mut(rank).aliases.remove(&name);
+        if let Some(twins) = self.rank_mut(rank).twins.get_mut(&block) {
+            let at = twins.iter().position(|t| t.name == name).expect("the caller found the name here");
+            for (class, _) in twins.swap_remove(at).copies {
+                self.count_name(rank, class, 0, false);
+            }
+            self.settle_twins(rank, block);
+            return;
+        }
+        self.rank_mut(rank).set_aliased(block, false);
+        let classes: Vec<Class> = self.rank(rank).classes.iter().map(|c| c.class).collect();
+        for class in classes {
+            if self.holds(run, at, rank, class) {
+                self.set_copies(rank, class, block, 0);
+                self.count_name(rank, class, 0, false);
+                self.lose(run, rank, class, at, at + 1);
+            }
+        }
+    }
+
+    /// One copy of a name at a block leaves a class; false if there was none.
+    pub(super) fn revoke(&mut self, rank: u32, class: Class, name: u64, block: u32) -> bool {
+        if let Some(twins) = self.rank_mut(rank).twins.get_mut(&block) {
+            let Some(twin) = twins.iter_mut().find(|t| t.name == name) else { return false };
+            let Some(i) = twin.copies.iter().position(|(c, _)| *c == class) else { return false };
+            twin.copies[i].1 -= 1;
+            if twin.copies[i].1 > 0 {
+                return true;
+            }
+            twin.copies.swap_remove(i);
+            if twin.copies.is_empty() {
+                self.rank_mut(rank).aliases.remove(&name);
+            }
+            self.count_name(rank, class, 0, false);
+            self.settle_twins(rank, block);
+            return true;
+        }
+        let (run, at) = self.locate(block);
+        match self.copies(rank, class, run, at, block) {
+            0 => return false,
+            1 => {}
+            n => {
+                self.set_copies(rank, class, block, n - 1);
+                return true;
+            }
+        }
+        self.lose(run, rank, class, at, at + 1);
+        self.count_name(rank, class, 0, false);
+        if !self.rank(rank).aliases.is_empty() && !self.holds_block(rank, block) {
+            let state = self.rank_mut(rank);
+            state.aliases.remove(&name);
+            state.set_aliased(block, false);
+        }
+        true
+    }
+
+    // ---- events --------------------------------------------------------------------------------------------------------------------
+
+    fn count_stored(applied: &mut Applied, had: u8) {
+        match had {
+            0 => applied.stored += 1,
+            MAX_COPIES => applied.duplicates += 1,
+            _ => applied.copies += 1,
+        }
+    }
+
+    pub(super) fn store(
+        &mut self,
+        rank: u32,
+        class: Class,
+        parent: Option<EngineHash>,
+        blocks: &[StoredBlock],
+        applied: &mut Applied,
+    ) {
+        if blocks.is_empty() {
+            return;
+        }
+        if !self.has_room(blocks.len()) {
+            applied.refused += blocks.len() as u32;
+            return;
+        }
+        if blocks.len() > 1 {
+            let warm =
+                blocks.iter().fold(0u32, |sum, b| sum.wrapping_add(self.names.warm(spread(b.engine.0))));
+            std::hint::black_box(warm);
+        }
+        let mut rest = blocks;
+        let mut after = match parent {
+            None => NONE,
+            Some(parent) => match self.known(rank, parent.0) {
+                Known::At(block) => block,
+                // The first block may tell where it is, if it is held already.
+                unknown => {
+                    let StoredBlock { engine, block } = blocks[0];
+                    let same = |tree: &Self, at| tree.block_hash(at) == block;
+                    match self.known(rank, engine.0) {
+                        Known::At(at) if unknown == Known::No && same(self, at) => {
+                            Self::count_stored(applied, self.grant(rank, class, engine.0, at, 1));
+                            rest = &blocks[1..];
+                            at
+                        }
+                        _ => {
+                            self.store_orphans(rank, class, parent.0, blocks, applied);
+                            return;
+                        }
+                    }
+                }
+            },
+        };
+        let mut depth = if after == NONE { 0 } else { self.depth_after(after) };
+        let mut before = if after == NONE { self.shared.hasher.root() } else { self.prefix_of(after) };
+        let mut prefixes = std::mem::take(&mut self.prefixes);
+        prefixes.clear();
+        for (block, depth) in rest.iter().zip(depth..) {
+            before = self.shared.hasher.next(before, block.block, depth);
+            prefixes.push(before);
+        }
+        let mut done = 0;
+        while done < rest.len() {
+            if !self.rank(rank).orphans.is_empty() {
+                // Orphans may move below each block of this event: one block at a time.
+                let segment = self.advance(after, depth, &prefixes[done..=done], rank, class, false);
+                after = self.block_at(segment.run, segment.from);
+                self.store_one(rank, class, rest[done].engine.0, after, applied);
+                self.link(rank, rest[done].engine.0, after, applied);
+                done += 1;
+                depth += 1;
+                continue;
+            }
+            let segment = self.advance(after, depth, &prefixes[done..], rank, class, true);
+            let count = segment.count as usize;
+            let blocks = &rest[done..done + count];
+            if segment.fresh {
+                self.name_fresh(rank, class, segment, blocks, applied);
+            } else {
+                self.store_known(rank, class, segment, blocks, applied);
+            }
+            after = self.block_at(segment.run, segment.from + segment.count - 1);
+            done += count;
+            depth += segment.count;
+        }
+        self.prefixes = prefixes;
+    }
+
+    /// Names the blocks of a stretch that was made, and is held, a moment ago.
+    fn name_fresh(
+        &mut self,
+        rank: u32,
+        class: Class,
+        segment: Segment,
+        blocks: &[StoredBlock],
+        applied: &mut Applied,
+    ) {
+        let word3 = self.word(segment.run, 3);
+        self.rank_mut(rank).shown(class).names += blocks.len() as u64;
+        applied.stored += blocks.len() as u32;
+        for (at, stored) in (segment.from..).zip(blocks) {
+            let block = self.shared.block_at(word3, at);
+            let name = stored.engine.0;
+            if !self.rank(rank).aliases.is_empty() || !self.give_main_name(block, stored.engine) {
+                // The name means something already, here or at another rank.
+                if let Known::At(old) = self.known(rank, name) {
+                    applied.rebound += 1;
+                    self.forget(rank, name, old);
+                }
+                if !self.give_main_name(block, stored.engine) {
+                    let state = self.rank_mut(rank);
+                    state.aliases.insert(name, block);
+                    state.set_aliased(block, true);
+                }
+            }
+        }
+    }
+
+    /// Stores blocks whose places exist.
+    fn store_known(
+        &mut self,
+        rank: u32,
+        class: Class,
+        segment: Segment,
+        blocks: &[StoredBlock],
+        applied: &mut Applied,
+    ) {
+        let Segment { run, from, count, .. } = segment;
+        let word3 = self.word(run, 3);
+        let mut at = 0;
+        while at < count {
+            // A stretch of main names in which nothing is held yet goes at once.
+            let mut end = at;
+            if self.rank(rank).plain() {
+                let cover = self.cover(run, rank, class);
+                while end < count {
+                    let block = self.shared.block_at(word3, from + end);
+                    let name = blocks[end as usize].engine;
+                    if !(self.is_main(block, name.0) || self.give_main_name(block, name))
+                        || cover != Cover::None && self.covers(cover, from + end)
+                    {
+                        break;
+                    }
+                    end += 1;
+                }
+            }
+            if end > at {
+                self.hold(run, rank, class, from + at, from + end);
+                self.rank_mut(rank).shown(class).names += u64::from(end - at);
+                applied.stored += end - at;
+                at = end;
+            } else {
+                let block = self.shared.block_at(word3, from + at);
+                self.store_one(rank, class, blocks[at as usize].engine.0, block, applied);
+                at += 1;
+            }
+        }
+    }
+
+    /// Stores one block at a place that exists: all that can happen to a name.
+    pub(super) fn store_one(
+        &mut self,
+        rank: u32,
+        class: Class,
+        name: u64,
+        block: u32,
+        applied: &mut Applied,
+    ) {
+        match self.known(rank, name) {
+            Known::At(old) if old != block => {
+                applied.rebound += 1;
+                self.forget(rank, name, old);
+            }
+            Known::Orphan => match self.adopt(rank, name) {
+                Fate::Placed(held) => {
+                    applied.linked += 1;
+                    for (class, copies) in held {
+                        // They were counted when they came.
+                        self.rank_mut(rank).shown(class).names -= 1;
+                        self.grant(rank, class, name, block, copies);
+                    }
+                }
+                Fate::Forgotten => applied.rebound += 1,
+            },
+            _ => {}
+        }
+        Self::count_stored(applied, self.grant(rank, class, name, block, 1));
+    }
+
+    /// Stores names at the places that they have.
+    pub(super) fn store_by_hash(
+        &mut self,
+        rank: u32,
+        class: Class,
+        hashes: &[EngineHash],
+        applied: &mut Applied,
+    ) {
+        if !self.has_room(hashes.len()) {
+            applied.refused += hashes.len() as u32;
+            return;
+        }
+        for &name in hashes {
+            match self.known(rank, name.0) {
+                Known::At(block) => Self::count_stored(applied, self.grant(rank, class, name.0, block, 1)),
+                Known::Orphan | Known::No => self.store_placeless(rank, class, name.0, applied),
+            }
+        }
+    }
+
+    pub(super) fn depth_after(&self, block: u32) -> u32 {
+        let (run, at) = self.locate(block);
+        self.metas[run as usize].depth + at + 1
+    }
+
+    /// The content of a block, from its prefix hash and the one before.
+    pub(super) fn block_hash(&self, block: u32) -> BlockHash {
+        let (run, at) = self.locate(block);
+        let meta = self.metas[run as usize];
+        let before = match (at, meta.parent) {
+            (0, NONE) => self.shared.hasher.root(),
+            (0, parent) => self.prefix_of(parent),
+            _ => self.prefix_of(self.block_at(run, at - 1)),
+        };
+        self.shared.hasher.block(before, self.prefix_of(block), meta.depth + at)
+    }
+}
+
+/// Adds copies to a list of them; how many there were.
+pub(super) fn add_copies(copies: &mut Vec<(Class, u8)>, class: Class, more: u8) -> u8 {
+    match copies.iter_mut().find(|(c, _)| *c == class) {
+        Some((_, n)) => {
+            let had = *n;
+            *n = had.saturating_add(more).min(MAX_COPIES);
+            had
+        }
+        None => {
+            copies.push((class, more.min(MAX_COPIES)));
+            0
+        }
+    }
+}
