@@ -232,6 +232,9 @@ impl<R: Report> Rank<R> {
         let trust = match state {
             State::Live => Trust::Live,
             State::Replaying => Trust::Replaying,
+            State::Rebuilding if self.stream.next_seq().is_none() => {
+                Trust::Rebuilding("it has published nothing since it was asked".to_owned())
+            }
             State::Rebuilding => Trust::Rebuilding("what was published before is not known".to_owned()),
             State::Blind => Trust::Blind(lost()),
             State::Degraded(Fault::Disconnected) => Trust::Degraded(lost()),

@@ -94,26 +94,28 @@ pub async fn probe(spec: &WorkerSpec, wants_events: bool, limit: Duration) -> Re
         ))
     })?;
 
-    let (version, metrics, sources, info) = tokio::join!(
+    // A route may be missing, but an engine that breaks off here is not to be half understood.
+    let broke_off =
+        |error: GetError| ProbeError::NotReady(format!("{base} answers only some questions: {error}"));
+    let (version, metrics, sources, info) = tokio::try_join!(
         get(base, "/version", limit),
         get(base, "/metrics", limit),
         get(base, "/kv_event_sources", limit),
         get(base, "/server_info", limit),
-    );
-    if let Ok(answer) = metrics {
-        said.metrics(&String::from_utf8_lossy(&answer.body));
-    }
-    if let Some(json) = version.ok().and_then(|a| a.json()) {
+    )
+    .map_err(broke_off)?;
+    said.metrics(&String::from_utf8_lossy(&metrics.body));
+    if let Some(json) = version.json() {
         said.version(&json);
     }
-    if let Some(json) = sources.ok().and_then(|a| a.json()) {
+    if let Some(json) = sources.json() {
         said.vllm_sources(&json);
     }
     if said.engine == EngineKind::Sglang {
-        let info = match info.ok().and_then(|a| a.json()) {
+        let info = match info.json() {
             Some(json) => Some(json),
             // The route's name before SGLang 0.5.
-            None => get(base, "/get_server_info", limit).await.ok().and_then(|a| a.json()),
+            None => get(base, "/get_server_info", limit).await.map_err(broke_off)?.json(),
         };
         if let Some(json) = info {
             said.sglang_info(&json);
