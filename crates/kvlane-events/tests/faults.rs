@@ -241,6 +241,7 @@ enum Arrival {
     Reply { attempt: u64, seq: u64, payload: Vec<u8> },
     ReplayFailed { attempt: u64 },
     ProcessStart(f64),
+    Nothing,
 }
 
 /// How bad the world is in one run; in permille.
@@ -579,10 +580,16 @@ impl Rank {
         let monitor = 1 + self.faults.monitor_ms;
         let lost = now + rng.below(monitor);
         let back = now + back_ms;
-        self.subscribed_ms = self.subscribed_ms.max(back + rng.below(50));
+        self.subscribed_ms = back + rng.below(50);
         self.schedule(lost, Arrival::Disconnected);
-        // The two come in their order.
-        self.schedule(lost.max(back + rng.below(monitor)), Arrival::Connected);
+        // The two come in their order, and nothing of the old connection after its end.
+        let connected = lost.max(back + rng.below(monitor));
+        for &Reverse((at, _, slot)) in &self.arrivals {
+            if at >= lost && matches!(self.payloads[slot], Some(Arrival::Live { .. })) {
+                self.payloads[slot] = Some(Arrival::Nothing);
+            }
+        }
+        self.schedule(connected, Arrival::Connected);
         if engine_died {
             for slot in &mut self.payloads {
                 if let Some(Arrival::Reply { attempt, .. }) = slot {
@@ -650,6 +657,7 @@ impl Rank {
                 self.note(format!("{now} replay {attempt} failed"));
                 self.stream.handle(Input::ReplayFailed { attempt }, now, out);
             }
+            Arrival::Nothing => {}
             Arrival::ProcessStart(start_s) => {
                 self.note(format!("{now} process start {start_s}"));
                 self.stream.handle(Input::ProcessStart(start_s), now, out);

@@ -154,20 +154,23 @@ fn describe(file: &Path, engine: EngineKind) -> String {
     }
     for (source, (worker, _)) in &followers {
         writeln!(out, "index, {source}:").unwrap();
+        let mut held = Vec::new();
         for event in index.dump(*worker) {
             let KvEvent::Stored { tier, group, parent, blocks } = event else { continue };
-            let parent = parent.map_or("root".into(), |p| format!("{:016x}", p.0));
+            let mut before = parent.map_or("root".into(), |p| format!("{:016x}", p.0));
             for block in blocks {
-                let (name, content) = (block.engine.0, block.block.0);
-                writeln!(
-                    out,
-                    "  {} group {} {parent} > {name:016x} = {content:016x}",
+                let (name, content) = (format!("{:016x}", block.engine.0), block.block.0);
+                held.push(format!(
+                    "  {} group {} {before} > {name} = {content:016x}",
                     tier.name(),
                     group.id.0
-                )
-                .unwrap();
+                ));
+                before = name;
             }
         }
+        // However the index orders its dump.
+        held.sort();
+        held.iter().for_each(|line| writeln!(out, "{line}").unwrap());
         writeln!(out, "  orphans: {}", index.stats().orphans).unwrap();
     }
     out

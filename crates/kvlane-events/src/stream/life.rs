@@ -54,7 +54,9 @@ impl Stream {
             }
             return self.follow();
         }
-        let known_already = self.first_ts_s.is_some_and(|ts_s| ts_s + CLOCK_SLACK_S >= start_s);
+        // The stream may have been the first to know; not while it hears nothing.
+        let heard_since = self.first_ts_s.is_some_and(|ts_s| ts_s + CLOCK_SLACK_S >= start_s);
+        let known_already = heard_since && self.phase != Phase::Blind;
         if before.is_none() || same || known_already || self.next.is_none() {
             return;
         }
@@ -96,7 +98,7 @@ impl Stream {
 
     pub(super) fn following_deadline_ms(&self) -> Option<u64> {
         let again = self.again.filter(|_| !self.complete).map(|(at, _)| at);
-        let can_probe = self.config.replay && self.retains && self.next.is_some();
+        let can_probe = self.config.replay && self.retains;
         let quiet = can_probe.then(|| {
             self.heard_ms + (self.config.limits.quiet_ms << self.probes_unanswered.min(PROBES_UNANSWERED))
         });

@@ -3,7 +3,7 @@
 use super::buffer::Waiting;
 use super::frames::{self, Message};
 use super::recent::{Seen, fingerprint};
-use super::{Action, Fault, Phase, Plan, Purpose, Stream, distance};
+use super::{Action, CLOCK_SLACK_S, Fault, Phase, Plan, Purpose, Stream, distance};
 use crate::wire::{self, DropReason};
 use kvlane_index::KvEvent;
 use std::cmp::Ordering;
@@ -46,6 +46,9 @@ impl Stream {
 
     /// Takes a live batch while following.
     pub(super) fn in_order(&mut self, message: Message<'_>, now_ms: u64, out: &mut Vec<Action>) {
+        if self.precedes_process(message.payload) && self.drop_stray(out) {
+            return;
+        }
         let Some(next) = self.next else {
             if message.seq != 0 && self.config.replay && self.retains && self.fault.is_none() {
                 if self.unhealed.is_none() {
@@ -60,6 +63,7 @@ impl Stream {
             return self.begin(message, now_ms, out);
         };
         match distance(message.seq, next) {
+            0 if self.age(message.payload) == Some(Ordering::Less) => self.out_of_time(message, now_ms, out),
             0 => self.apply_live(message, now_ms, out),
             1.. => self.gap(message, next, now_ms, out),
             _ => self.backwards(message, now_ms, out),
@@ -79,17 +83,32 @@ impl Stream {
         self.complete = seq == 0;
     }
 
+    /// The expected number, but published before the batch applied last: the clock was set back, or it is a stray of an earlier
+    /// life that happens to have this number.
+    fn out_of_time(&mut self, message: Message<'_>, now_ms: u64, out: &mut Vec<Action>) {
+        let asked = self.unhealed.is_some_and(|(at, _)| at == message.seq);
+        if self.config.replay && self.retains && !asked {
+            // The engine knows what its next batch is.
+            self.unhealed = Some((message.seq, 1));
+            self.put_back(message);
+            self.claim_until(now_ms);
+            self.ask(Plan::new(Purpose::Hole), now_ms, out);
+        } else if !self.drop_stray(out) {
+            self.apply_live(message, now_ms, out);
+        }
+    }
+
     pub(super) fn gap(&mut self, message: Message<'_>, next: u64, now_ms: u64, out: &mut Vec<Action>) {
         let limits = self.config.limits;
         let asked = self.unhealed.filter(|&(at, _)| at == next).map_or(0, |(_, tries)| tries);
-        if asked == 0 {
-            self.counters.gaps += 1;
-        } else if self.strays < STRAYS_MAX && self.age(message.payload) == Some(Ordering::Less) {
-            // A replay went past it and it is older than what was applied: a rest of the life before.
-            self.strays += 1;
-            return out.push(Action::Dropped(DropReason::EarlierLife));
+        let can_ask = self.config.replay && self.retains;
+        // No replay brings it, and it is older than what was applied: a rest of the life before.
+        let stray = (asked > 0 || !can_ask) && self.age(message.payload) == Some(Ordering::Less);
+        if stray && self.drop_stray(out) {
+            return;
         }
-        if !self.config.replay || !self.retains || asked >= limits.tries {
+        self.counters.gaps += u64::from(asked == 0);
+        if !can_ask || asked >= limits.tries {
             self.fence(out);
             return self.begin(message, now_ms, out);
         }
@@ -117,10 +136,9 @@ impl Stream {
         // A restarted engine publishes later than what was applied. The one batch that told of a restart and was not found in the
         // replay that followed is a stray as well.
         let print = fingerprint(message.payload);
-        let stray = age == Some(Ordering::Less) && self.strays < STRAYS_MAX;
-        if stray || self.restarted_by == Some(print) {
-            self.strays += 1;
-            return out.push(Action::Dropped(DropReason::EarlierLife));
+        let stray = age == Some(Ordering::Less) || self.restarted_by == Some(print);
+        if stray && self.drop_stray(out) {
+            return;
         }
         self.restarted_by = Some(print);
         self.counters.restarts += 1;
@@ -139,8 +157,23 @@ impl Stream {
 
     /// When a batch was published, against the one applied last; `None` if either does not say.
     fn age(&self, payload: &[u8]) -> Option<Ordering> {
-        let batch = wire::decode(self.config.engine, payload).ok()?;
-        batch.ts_s.partial_cmp(&self.last_ts_s?)
+        wire::published_s(payload)?.partial_cmp(&self.last_ts_s?)
+    }
+
+    /// Published before the engine's present process began.
+    fn precedes_process(&self, payload: &[u8]) -> bool {
+        let published = wire::published_s(payload);
+        published.zip(self.process_start_s).is_some_and(|(ts_s, start_s)| ts_s + CLOCK_SLACK_S < start_s)
+    }
+
+    /// Counts and drops a batch of an earlier life, unless there were so many that it must be the clock.
+    fn drop_stray(&mut self, out: &mut Vec<Action>) -> bool {
+        if self.strays == STRAYS_MAX {
+            return false;
+        }
+        self.strays += 1;
+        out.push(Action::Dropped(DropReason::EarlierLife));
+        true
     }
 
     /// Applies the next batch of the live stream.

@@ -33,7 +33,7 @@ use kvlane_index::{BlockSize, KvEvent};
 use recent::Recent;
 
 /// An engine's clock and its process start time may disagree by this much.
-const CLOCK_SLACK_S: f64 = 0.5;
+const CLOCK_SLACK_S: f64 = 0.1;
 
 /// Unanswered questions after a silence before the stream counts as degraded.
 const PROBES_UNANSWERED: u32 = 3;
@@ -56,9 +56,10 @@ pub struct StreamConfig {
 /// Something that happened.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Input<'a> {
-    /// The subscription is up (again): from now on live batches arrive, unless dropped.
+    /// The subscription is up (again): from now on live batches arrive, unless dropped. A few of them may be passed in before
+    /// this is.
     Connected,
-    /// The subscription's connection is lost.
+    /// The subscription's connection is lost; all that came over it has been passed in.
     Disconnected,
     /// A published message, all its frames.
     Live(&'a [&'a [u8]]),

@@ -52,7 +52,12 @@ impl Stream {
             self.start_at(message.seq);
             return self.replay_batch(message, now_ms, out);
         }
-        let next = self.next.expect("a hole is after an applied batch");
+        let Some(next) = self.next else {
+            // The first that is heard of it, after a silence.
+            self.set_plan(Plan::new(Purpose::Start));
+            self.start_at(message.seq);
+            return self.replay_batch(message, now_ms, out);
+        };
         match distance(message.seq, next) {
             0 if !self.unverified => self.replay_batch(message, now_ms, out),
             // The right number, but no proof that it is the same life.
@@ -128,7 +133,7 @@ impl Stream {
     }
 
     pub(super) fn replay_end(&mut self, plan: Plan, answered: bool, now_ms: u64, out: &mut Vec<Action>) {
-        if !answered && matches!(plan.purpose, Purpose::Hole | Purpose::Probe) {
+        if !answered && self.next.is_some() && matches!(plan.purpose, Purpose::Hole | Purpose::Probe) {
             // Not even the last batch: it has none of this life's.
             return self.restarted(now_ms, out);
         }

@@ -221,6 +221,13 @@ pub fn decode(engine: EngineKind, payload: &[u8]) -> Result<Batch<'_>, DropReaso
     Ok(batch)
 }
 
+/// When a batch was published (seconds since the Unix epoch), without decoding the rest; `None` if it is not a batch.
+pub(crate) fn published_s(payload: &[u8]) -> Option<f64> {
+    let mut reader = Reader::new(payload);
+    reader.array().ok()??;
+    reader.number().ok()?
+}
+
 /// The tier that an engine's `medium` names, case-insensitively; `None` for a name that we do not know.
 pub fn tier_of_medium(medium: &str) -> Option<Tier> {
     const NAMES: [(&str, Tier); 17] = [
