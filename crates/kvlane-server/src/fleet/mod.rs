@@ -241,6 +241,12 @@ impl Shared {
             if rank.trust == trust {
                 return false;
             }
+            let was = &rank.trust;
+            if matches!(trust, Trust::Live | Trust::Replaying) {
+                tracing::info!(%worker, %was, "cache knowledge is now {trust}");
+            } else {
+                tracing::warn!(%worker, %was, "cache knowledge is now {trust}");
+            }
             (rank.trust, rank.since) = (trust, Instant::now());
             true
         });

@@ -78,6 +78,10 @@ impl Watch {
         }
     }
 
+    fn name(&self) -> &str {
+        self.spec.base.authority().map_or("", ::http::uri::Authority::as_str)
+    }
+
     async fn learn(&self) -> Result<Facts, probe::ProbeError> {
         let limit = self.config.probe_timeout.max(LEARN_TIMEOUT);
         probe::probe(&self.spec, self.config.cache_aware, limit).await
@@ -89,6 +93,7 @@ impl Watch {
                 Ok(facts) => return facts,
                 Err(error) => self.shared.update(self.id, |instance| match &mut instance.health {
                     Health::Probing(reason) if reason.as_deref() != Some(&error.to_string()) => {
+                        tracing::warn!(worker = self.name(), "worker is not usable yet: {error}");
                         *reason = Some(error.to_string());
                         true
                     }
@@ -130,6 +135,18 @@ impl Watch {
                 .spawn(follow(following, Reporter(Arc::clone(&self.shared), Arc::clone(&self.changed))));
         }
         let now = Instant::now();
+        tracing::info!(
+            worker = self.name(),
+            engine = facts.engine.name(),
+            version = facts.version.as_deref().unwrap_or("unknown"),
+            model = facts.base_model(),
+            block_size = facts.block_size.tokens(),
+            ranks = facts.ranks,
+            "worker is healthy"
+        );
+        for note in &facts.notes {
+            tracing::warn!(worker = self.name(), "{note}");
+        }
         self.shared.update(self.id, |instance| {
             instance.health = Health::Healthy;
             instance.since = now;
@@ -266,6 +283,7 @@ impl Watch {
     async fn detach(&self, attached: Attached, reason: Option<&str>) {
         let Attached { facts, partition, mut publishers, .. } = attached;
         if let Some(reason) = reason {
+            tracing::warn!(worker = self.name(), "worker is dead, what it held is forgotten: {reason}");
             self.shared.update(self.id, |instance| {
                 instance.health = Health::Dead(reason.to_owned());
                 instance.since = Instant::now();

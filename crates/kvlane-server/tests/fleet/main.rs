@@ -1,5 +1,6 @@
 //! Probing, health, and the way of events into the index, over real sockets.
 
+mod captures;
 mod support;
 
 use axum::http::StatusCode;

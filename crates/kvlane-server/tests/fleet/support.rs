@@ -10,6 +10,7 @@ use axum::routing::get;
 use kvlane_index::{BlockHash, BlockSize, Overlaps, Worker, hash};
 use kvlane_server::config::WorkerSpec;
 use kvlane_server::fleet::{Fleet, FleetConfig, FleetView, Instance, start};
+use kvlane_server::ingest::RankStats;
 use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -129,6 +130,11 @@ impl Rank {
         let mut retained = self.retained.lock().unwrap();
         let from = retained.len().saturating_sub(count);
         retained.drain(..from);
+    }
+
+    /// Gives the replay socket a batch under any number.
+    pub fn record(&mut self, seq: u64, payload: Vec<u8>) {
+        self.retained.lock().unwrap().push((seq, payload));
     }
 
     fn keep(&mut self, payload: Vec<u8>) -> u64 {
@@ -348,6 +354,17 @@ impl Running {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         panic!("{worker} holds {last:?} blocks, not {blocks}; {:#?}", self.fleet.stats());
+    }
+
+    /// Waits for figures like these.
+    pub async fn until_stats(&self, what: &str, holds: impl Fn(&[(Worker, RankStats)]) -> bool) {
+        for _ in 0..2000 {
+            if holds(&self.fleet.stats()) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("waited in vain until {what}; now {:#?}", self.fleet.stats());
     }
 
     /// Confirmed leading blocks at this rank; `None` if it has no index.
