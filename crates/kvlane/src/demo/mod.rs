@@ -1,5 +1,5 @@
 //! `kvlane demo`: the whole way on one machine, without an engine: four mock engines and the router in one process.
-
+pub(crate) mod client;
 /// Arguments of `kvlane demo`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {}

@@ -23,6 +23,8 @@ mod publisher;
 mod rank;
 mod server;
 mod stream;
+#[cfg(test)]
+mod tests;
 mod tokenizer;
 
 pub(crate) use faults::Faults;

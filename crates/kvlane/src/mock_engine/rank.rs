@@ -23,9 +23,9 @@ enum Command {
 
 /// What a rank did and does, for `/metrics` and for choosing a rank.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Snapshot {
-    pub(super) load: Load,
-    pub(super) totals: Totals,
+pub(crate) struct Snapshot {
+    pub(crate) load: Load,
+    pub(crate) totals: Totals,
 }
 
 /// A running rank. Dropping it ends its task and every request in it.

@@ -1,6 +1,7 @@
 //! The HTTP side of a life: routes, connections that can all be cut at once, and the supervisor that starts the next life.
 
 use super::life::Life;
+use super::rank::Snapshot;
 use super::{Config, Control, Restart, chat, completions, info, metrics};
 use crate::mock_engine::faults::Faults;
 use anyhow::Context;
@@ -10,7 +11,7 @@ use axum::routing::{get, post};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
@@ -18,13 +19,20 @@ use tokio::task::{JoinHandle, JoinSet};
 
 /// Largest body that is read.
 const BODY_BYTES_MAX: usize = 64 << 20;
+/// Attempts to take a life's ports again, and the pause between two.
+const BIND_TRIES: u32 = 100;
+const BIND_PAUSE: Duration = Duration::from_millis(20);
 /// Control commands that wait to be obeyed.
 const CONTROL_QUEUE: usize = 16;
+
+/// The life that is on now, if one is.
+type CurrentLife = Arc<Mutex<Weak<Life>>>;
 
 /// A running mock engine. Dropping it kills it.
 pub(crate) struct MockEngine {
     address: SocketAddr,
     events: Vec<(String, String)>,
+    life: CurrentLife,
     supervisor: JoinHandle<()>,
 }
 
@@ -59,8 +67,11 @@ impl MockEngine {
             events.port = port_of(&first.endpoint).unwrap_or(events.port);
             events.replay_port = port_of(&first.replay_endpoint).unwrap_or(events.replay_port);
         }
-        let supervisor = tokio::spawn(supervise(listener, Arc::new(config), life, faults, control, commands));
-        Ok(Self { address, events, supervisor })
+        let current = CurrentLife::default();
+        let next = Next { config: Arc::new(config), faults, control, current: Arc::clone(&current) };
+        next.is(&life);
+        let supervisor = tokio::spawn(supervise(next, listener, life, commands));
+        Ok(Self { address, events, life: current, supervisor })
     }
 
     /// Its base URL.
@@ -73,6 +84,12 @@ impl MockEngine {
         &self.events
     }
 
+    /// What its first rank does and did in this life; nothing while it is down.
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        let life = self.life.lock().expect("no holder of this lock panics").upgrade();
+        life.map(|life| life.ranks[0].snapshot()).unwrap_or_default()
+    }
+
     /// Until it fails, which it does only if it cannot restart.
     pub(crate) async fn ended(&mut self) {
         let _ = (&mut self.supervisor).await;
@@ -83,16 +100,22 @@ fn port_of(endpoint: &str) -> Option<u16> {
     endpoint.rsplit(':').next()?.parse().ok()
 }
 
-async fn supervise(
-    listener: TcpListener,
+/// What it takes to begin the next life.
+struct Next {
     config: Arc<Config>,
-    life: Arc<Life>,
     faults: watch::Sender<Faults>,
     control: mpsc::Sender<Control>,
+    current: CurrentLife,
+}
+
+async fn supervise(
+    next: Next,
+    listener: TcpListener,
+    life: Arc<Life>,
     mut commands: mpsc::Receiver<Control>,
 ) {
-    let mut current = Some((listener, life));
-    while let Some((listener, life)) = current.take() {
+    let mut serving = Some((listener, life));
+    while let Some((listener, life)) = serving.take() {
         let restart = tokio::select! {
             () = serve(listener, life) => return,
             command = commands.recv() => match command {
@@ -103,8 +126,8 @@ async fn supervise(
         // Dropping `serve` cut every connection and, with the last handler, the life: sockets, caches, requests.
         tracing::info!(down_ms = restart.down_ms, "restarting, as asked");
         tokio::time::sleep(Duration::from_millis(restart.down_ms)).await;
-        current = match begin(&config, &faults, &control).await {
-            Ok(next) => Some(next),
+        serving = match next.begin().await {
+            Ok(life) => Some(life),
             Err(error) => {
                 tracing::error!(error = format!("{error:#}"), "cannot start again");
                 None
@@ -113,25 +136,27 @@ async fn supervise(
     }
 }
 
-/// Takes the same ports again; the kernel may need a moment to give them back.
-async fn begin(
-    config: &Arc<Config>,
-    faults: &watch::Sender<Faults>,
-    control: &mpsc::Sender<Control>,
-) -> anyhow::Result<(TcpListener, Arc<Life>)> {
-    const TRIES: u32 = 50;
-    let mut tried = 0;
-    loop {
-        let begun = async {
-            let life = Life::start(Arc::clone(config), faults.clone(), control.clone()).await?;
-            Ok((TcpListener::bind(config.listen).await?, life))
-        };
-        match begun.await {
-            Err(_) if tried < TRIES => {
-                tried += 1;
-                tokio::time::sleep(Duration::from_millis(20)).await;
+impl Next {
+    fn is(&self, life: &Arc<Life>) {
+        *self.current.lock().expect("no holder of this lock panics") = Arc::downgrade(life);
+    }
+
+    /// Takes the same ports again; the kernel may need a moment to give them back.
+    async fn begin(&self) -> anyhow::Result<(TcpListener, Arc<Life>)> {
+        let mut tried = 0;
+        loop {
+            let begun = async {
+                let (faults, control) = (self.faults.clone(), self.control.clone());
+                let life = Life::start(Arc::clone(&self.config), faults, control).await?;
+                anyhow::Ok((TcpListener::bind(self.config.listen).await?, life))
+            };
+            match begun.await {
+                Err(_) if tried < BIND_TRIES => {
+                    tried += 1;
+                    tokio::time::sleep(BIND_PAUSE).await;
+                }
+                begun => return begun.inspect(|begun| self.is(&begun.1)),
             }
-            begun => return begun,
         }
     }
 }
