@@ -1,6 +1,14 @@
 //! Sockets around the pure crates: event ingest, fleet, gateway, metrics.
 
+mod audit;
 pub mod clock;
 pub mod config;
+mod explain;
 pub mod fleet;
+mod gateway;
 pub mod ingest;
+mod metrics;
+mod serve;
+
+pub use gateway::TokenizerSetting;
+pub use serve::{ServeConfig, ServeError, Server, serve};

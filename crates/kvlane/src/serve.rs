@@ -1,15 +1,104 @@
 //! `kvlane serve`: the router as a process.
 
+use anyhow::Context;
+use kvlane_sched::Policy;
+use kvlane_sched::policy::NAMES;
+use kvlane_server::config::WorkerSpec;
+use kvlane_server::fleet::FleetConfig;
+use kvlane_server::{ServeConfig, TokenizerSetting};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+
 /// Arguments of `kvlane serve`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Base URL of an engine, such as http://10.0.0.1:8000; repeat for each one.
+    /// Base URL of an engine, such as http://10.0.0.1:8000; repeat for each one. What the engine does not say of itself can follow:
+    /// URL,kv-events=tcp://HOST:PORT,replay=tcp://HOST:PORT,topic=TEXT,block-size=TOKENS,ranks=COUNT.
     #[arg(long = "worker", value_name = "URL", required = true)]
-    workers: Vec<String>,
+    workers: Vec<WorkerSpec>,
+
+    /// Address to listen on.
+    #[arg(long, value_name = "HOST:PORT", default_value = "0.0.0.0:8080")]
+    listen: SocketAddr,
+
+    /// How workers are chosen: kv, round-robin, random or least-loaded. All but kv are blind to the caches and need neither tokenizer
+    /// nor events.
+    #[arg(long, value_name = "NAME", default_value = NAMES[0])]
+    policy: String,
+
+    /// Model directory or tokenizer.json to tokenize with, or `engine` to ask the engines. Without it: the directory that the engine
+    /// loaded the model from, if it is on this host too, else the engine.
+    #[arg(long, value_name = "PATH")]
+    tokenizer: Option<PathBuf>,
+
+    /// Longest request body, in bytes.
+    #[arg(long, value_name = "BYTES", default_value_t = 64 << 20)]
+    max_body_bytes: u64,
+
+    /// Client connections at a time; more wait.
+    #[arg(long, value_name = "COUNT", default_value_t = 16_384)]
+    max_connections: usize,
+
+    /// Pass administrative paths on (cache reset, sleep, adapters, profiling): to the worker that the header x-kvlane-worker names, else to
+    /// all healthy ones.
+    #[arg(long)]
+    allow_admin: bool,
+
+    /// Seconds that running requests get to end after SIGTERM.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    drain: u64,
 }
 
-/// Runs until it is told to stop.
+/// Runs until SIGTERM or SIGINT.
 pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
-    let Args { workers } = args;
-    anyhow::bail!("cannot serve {} workers: the gateway is not wired into this command yet", workers.len())
+    let Args { workers, listen, policy, tokenizer, max_body_bytes, max_connections, allow_admin, drain } =
+        args;
+    let policy: Box<dyn Policy> = policy.parse().context("--policy")?;
+    let tokenizer = match tokenizer {
+        None => TokenizerSetting::Auto,
+        Some(path) if path.as_os_str() == "engine" => TokenizerSetting::Engine,
+        Some(path) => {
+            anyhow::ensure!(
+                path.exists(),
+                "--tokenizer {}: there is no such file or directory; give a model directory, a tokenizer.json, or `engine`",
+                path.display()
+            );
+            TokenizerSetting::Path(path)
+        }
+    };
+    let config = ServeConfig {
+        policy,
+        tokenizer,
+        max_body_bytes,
+        max_connections,
+        allow_admin,
+        drain: Duration::from_secs(drain),
+        ..ServeConfig::new(listen, FleetConfig::new(workers))
+    };
+    let shutdown = CancellationToken::new();
+    let server = kvlane_server::serve(config, shutdown.clone()).await?;
+    told_to_stop().await.context("cannot listen for signals")?;
+    shutdown.cancel();
+    tokio::select! {
+        () = server.ended() => {}
+        // Asked twice: do not wait for what still runs.
+        again = told_to_stop() => again.context("cannot listen for signals")?,
+    }
+    Ok(())
+}
+
+/// Waits for SIGTERM or SIGINT.
+async fn told_to_stop() -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+        tokio::select! {
+            _ = terminate.recv() => Ok(()),
+            interrupted = tokio::signal::ctrl_c() => interrupted,
+        }
+    }
+    #[cfg(not(unix))]
+    tokio::signal::ctrl_c().await
 }

@@ -96,6 +96,16 @@ impl Fleet {
         }
     }
 
+    /// What ingest has counted for one rank, looked at in place; zeros for a rank that never had a publisher.
+    pub(crate) fn look<R>(&self, worker: Worker, at: impl FnOnce(&RankStats) -> R) -> R {
+        let counters =
+            self.shared.counters.lock().unwrap_or_else(PoisonError::into_inner).get(&worker).cloned();
+        match counters {
+            Some(counters) => counters.look(at),
+            None => at(&RankStats::default()),
+        }
+    }
+
     /// What ingest has counted, for each rank that ever had a publisher, in order.
     pub fn stats(&self) -> Vec<(Worker, RankStats)> {
         let counters = self.shared.counters.lock().unwrap_or_else(PoisonError::into_inner);
@@ -114,6 +124,12 @@ impl Fleet {
     /// Waits until every task of the fleet has ended (after its token was cancelled).
     pub async fn stopped(&self) {
         self.shared.tasks.wait().await;
+    }
+}
+
+impl std::fmt::Debug for Fleet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Fleet").field("view", &self.shared.view.load()).finish_non_exhaustive()
     }
 }
 

@@ -141,6 +141,10 @@ impl RankCounters {
         change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
+    pub(crate) fn look<R>(&self, at: impl FnOnce(&RankStats) -> R) -> R {
+        at(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     pub(crate) fn read(&self) -> RankStats {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

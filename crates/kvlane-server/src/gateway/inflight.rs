@@ -1,0 +1,232 @@
+//! What one request holds while it runs, released once whatever ends it.
+//!
+//! From the booking on, everything that must not leak hangs on an [`InFlight`]: the load in the ledger, the gauge, the
+//! record's end, the log line, the audit. Its `Drop` is the only place that ends a request, so an answer, an error, a client that
+//! leaves, a drain and a panic all take the same way.
+
+use super::usage::Usage;
+use super::{Gateway, PromptBlocks, Upstream};
+use crate::audit::{self, Audit, Case, Evidence, Prediction, Verdict};
+use crate::explain::{Attempt, End, Record, Tokens};
+use crate::metrics::Outcome;
+use kvlane_index::Worker;
+use kvlane_sched::RequestId;
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+
+/// Output is reported to the ledger once per so many pieces of a stream: the lock is shared by all requests.
+const OUTPUT_BATCH: u32 = 64;
+
+/// A request that was booked and has not ended.
+#[derive(Debug)]
+pub(crate) struct InFlight {
+    pub(super) gateway: Arc<Gateway>,
+    pub(super) record: Arc<Record>,
+    /// When the request's head was read.
+    pub(super) arrived: Instant,
+    upstream: Arc<Upstream>,
+    worker: Worker,
+    expected: Expected,
+    first_byte: Option<Instant>,
+    /// Pieces of the stream that were not reported yet.
+    pieces: u32,
+    status: u16,
+    outcome: Outcome,
+    usage: Usage,
+}
+
+/// What is expected of the worker that a request is booked at, and how to look into a surprise.
+#[derive(Clone, Debug)]
+pub(crate) struct Expected {
+    /// `None` where the tokens are not known.
+    pub prediction: Option<Prediction>,
+    /// Why the response cannot be compared with the prediction, if so.
+    pub unaudited: Option<&'static str>,
+    /// The worker's event stream at the decision.
+    pub evidence: Evidence,
+    /// The prompt's blocks in the worker's partition.
+    pub blocks: Option<PromptBlocks>,
+}
+
+impl InFlight {
+    /// Guards a request that was just booked at `worker`.
+    pub(super) fn new(
+        gateway: Arc<Gateway>,
+        record: Arc<Record>,
+        arrived: Instant,
+        upstream: Arc<Upstream>,
+        worker: Worker,
+        expected: Expected,
+    ) -> Self {
+        gateway.metrics.in_flight.inc();
+        let it = Self {
+            gateway,
+            record,
+            arrived,
+            upstream,
+            worker,
+            expected,
+            first_byte: None,
+            pieces: 0,
+            status: 499,
+            outcome: Outcome::ClientGone,
+            usage: Usage::default(),
+        };
+        it.note_worker();
+        it
+    }
+
+    /// The request is now booked at another worker.
+    pub(super) fn moved(&mut self, upstream: Arc<Upstream>, worker: Worker, expected: Expected) {
+        self.upstream = upstream;
+        self.worker = worker;
+        self.expected = expected;
+        self.note_worker();
+    }
+
+    fn note_worker(&self) {
+        let predicted = self.expected.prediction.map(|p| p.cached_tokens);
+        let mut course = self.record.course.lock().unwrap_or_else(PoisonError::into_inner);
+        course.worker = Some((self.worker, predicted));
+    }
+
+    /// The engine that the request is booked at.
+    pub(super) fn upstream(&self) -> &Arc<Upstream> {
+        &self.upstream
+    }
+
+    /// The worker that the request is booked at.
+    pub(super) fn worker(&self) -> Worker {
+        self.worker
+    }
+
+    /// An attempt gave no byte.
+    pub(super) fn attempt_failed(&self, error: String) {
+        self.upstream.metrics.failed_attempts.inc();
+        let mut course = self.record.course.lock().unwrap_or_else(PoisonError::into_inner);
+        course.attempts.push(Attempt { worker: self.worker, error });
+    }
+
+    /// How the request will have ended, unless the client leaves before.
+    pub(super) fn set_status(&mut self, status: hyper::StatusCode) {
+        self.status = status.as_u16();
+    }
+
+    /// The first byte of the answer's body is here.
+    pub(super) fn first_byte(&mut self) {
+        let now = Instant::now();
+        self.first_byte = Some(now);
+        self.upstream.metrics.first_byte.observe(now - self.arrived);
+        let id = self.request_id();
+        self.gateway.desk(|desk, now_ms| desk.scheduler.first_token(id, now_ms));
+    }
+
+    /// Another piece of a stream is here: about a token.
+    pub(super) fn piece(&mut self) {
+        self.pieces += 1;
+        if self.pieces == OUTPUT_BATCH {
+            let id = self.request_id();
+            let tokens = std::mem::take(&mut self.pieces);
+            self.gateway.desk(|desk, now_ms| desk.scheduler.output(id, tokens, now_ms));
+        }
+    }
+
+    /// The whole answer was passed on.
+    pub(super) fn complete(&mut self, usage: Usage) {
+        self.usage = usage;
+        self.outcome = match self.status {
+            400..=499 => Outcome::ClientError,
+            500.. => Outcome::ServerError,
+            _ => Outcome::Ok,
+        };
+    }
+
+    /// No answer came from any worker, or it broke off.
+    pub(super) fn failed(&mut self, outcome: Outcome) {
+        self.outcome = outcome;
+    }
+
+    fn request_id(&self) -> RequestId {
+        RequestId(self.record.id.sequence)
+    }
+
+    fn audit(&self) {
+        let Expected { prediction, unaudited, evidence, blocks } = &self.expected;
+        let actual = self.usage.cached_tokens.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        let reason = match (self.outcome, unaudited, prediction, actual) {
+            (Outcome::ClientGone, ..) => Some("client-gone"),
+            (Outcome::Ok, Some(reason), ..) => Some(*reason),
+            (Outcome::Ok, _, None, _) => Some(match self.record.tokens {
+                Tokens::Unknown(why) => why,
+                Tokens::Local | Tokens::Engine => "no-index",
+            }),
+            (Outcome::Ok, _, _, None) => Some("not-reported"),
+            (Outcome::Ok, ..) => None,
+            _ => Some("failed"),
+        };
+        let predicted_tokens = prediction.map(|p| p.cached_tokens);
+        let conclude = |verdict| {
+            let audit = Audit { predicted_tokens, verdict };
+            audit::conclude(&self.record, audit, &self.upstream.metrics, &self.gateway.metrics);
+        };
+        match (reason, *prediction, actual) {
+            (None, Some(prediction), Some(actual)) if prediction.cached_tokens == actual => {
+                conclude(Verdict::Exact { actual });
+            }
+            (None, Some(prediction), Some(actual)) => {
+                let case = Case {
+                    record: Arc::clone(&self.record),
+                    metrics: self.upstream.metrics.clone(),
+                    worker: self.worker,
+                    prediction,
+                    before: *evidence,
+                    blocks: blocks.clone(),
+                    actual,
+                    actual_prompt_tokens: self.usage.prompt_tokens,
+                    since: Instant::now(),
+                };
+                self.gateway.auditor.settle(case, &self.gateway.metrics);
+            }
+            (reason, ..) => {
+                conclude(Verdict::Unaudited { actual, reason: reason.unwrap_or("not-reported") });
+            }
+        }
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        let (id, pieces) = (self.request_id(), self.pieces);
+        let generated = self.usage.completion_tokens.and_then(|n| u32::try_from(n).ok());
+        self.gateway.desk(|desk, now_ms| {
+            if pieces > 0 && generated.is_none() {
+                desk.scheduler.output(id, pieces, now_ms);
+            }
+            desk.scheduler.end(id, now_ms);
+        });
+        self.gateway.metrics.in_flight.dec();
+        let whole = self.arrived.elapsed();
+        self.upstream.metrics.outcome(self.outcome);
+        self.upstream.metrics.whole.observe(whole);
+        let ms = |d: std::time::Duration| d.as_secs_f64() * 1e3;
+        let first_byte_ms = self.first_byte.map(|at| ms(at - self.arrived));
+        let end =
+            End { outcome: self.outcome.name(), status: self.status, first_byte_ms, whole_ms: ms(whole) };
+        self.record.course.lock().unwrap_or_else(PoisonError::into_inner).end = Some(end);
+        self.audit();
+        tracing::info!(
+            id = %self.record.id,
+            path = self.record.path,
+            model = self.record.model,
+            worker = self.record.table.worker_name(self.worker),
+            status = self.status,
+            outcome = self.outcome.name(),
+            prompt_tokens = self.record.decision.prompt_tokens,
+            predicted_cached_tokens = self.expected.prediction.map(|p| p.cached_tokens),
+            cached_tokens = self.usage.cached_tokens,
+            first_byte_ms,
+            whole_ms = ms(whole),
+            "request"
+        );
+    }
+}

@@ -1,0 +1,276 @@
+//! HTTP in, HTTP out: a client's request goes to the worker that the scheduler chooses, and the answer comes back unchanged.
+//!
+//! Life of a request: the body is read whole within bounds ([`body`]); the few fields that matter are parsed and its tokens found
+//! ([`prompts`]); the index says who holds its beginning, the scheduler decides and books ([`plan`]); the original bytes are sent, to the next
+//! candidate if the first gives no byte ([`forward`]); an [`inflight::InFlight`] releases what it held, whatever ends it.
+
+mod admin;
+mod body;
+mod error;
+mod forward;
+mod headers;
+mod inflight;
+mod plan;
+mod prompts;
+mod routes;
+mod status;
+mod table;
+mod upstream;
+mod usage;
+
+pub use prompts::TokenizerSetting;
+pub(crate) use table::{Table, Upstream};
+
+use self::body::ResponseBody;
+use self::error::ClientError;
+use self::forward::Forwarded;
+use self::plan::Ask;
+use self::prompts::Prompts;
+use self::routes::{Route, route};
+use crate::audit::{Auditor, Case, Evidence, Witness};
+use crate::explain::Ring;
+use crate::fleet::{Fleet, Trust};
+use crate::metrics::Metrics;
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use hyper::Request;
+use hyper::body::Incoming;
+use kvlane_index::{BlockHash, Index, Overlaps, Worker};
+use kvlane_prompt::{Endpoint, RequestFields};
+use kvlane_sched::{Policy, Rng, Scheduler};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+
+/// A response to a client.
+pub(crate) type Response = hyper::Response<ResponseBody<Forwarded>>;
+
+/// Between two rounds of closing connections that were idle for too long.
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+
+/// The blocks of a prompt, and the index that knows who holds them. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct PromptBlocks {
+    /// The partition.
+    pub index: Index,
+    /// From the root.
+    pub hashes: Arc<[BlockHash]>,
+    /// Tokens in each.
+    pub block_size: u32,
+}
+
+/// What the scheduler's one lock guards.
+#[derive(Debug)]
+pub(crate) struct Desk {
+    /// Chooses and keeps account.
+    pub scheduler: Scheduler,
+    /// Draws among equals.
+    pub rng: Rng,
+}
+
+/// How the gateway was told to behave.
+#[derive(Debug)]
+pub(crate) struct GatewayConfig {
+    /// How workers are chosen.
+    pub policy: Box<dyn Policy>,
+    /// Where tokens come from.
+    pub tokenizer: TokenizerSetting,
+    /// Longest request body.
+    pub max_body_bytes: u64,
+    /// Whether administrative paths are passed on.
+    pub allow_admin: bool,
+    /// Seeds ids and draws.
+    pub seed: u64,
+}
+
+/// Everything that requests share.
+#[derive(Debug)]
+pub(crate) struct Gateway {
+    pub(crate) fleet: Fleet,
+    table: ArcSwap<Table>,
+    desk: Mutex<Desk>,
+    prompts: Prompts,
+    explanations: Ring,
+    auditor: Auditor,
+    pub(crate) metrics: Arc<Metrics>,
+    /// Whether the policy reads overlaps; if not, nothing is tokenized.
+    cache_aware: bool,
+    max_body_bytes: u64,
+    allow_admin: bool,
+    began: Instant,
+    draining: AtomicBool,
+}
+
+impl Gateway {
+    /// A gateway over `fleet`, with its background tasks, which end with `stop`.
+    pub(crate) fn start(fleet: Fleet, config: GatewayConfig, stop: &CancellationToken) -> Arc<Self> {
+        let metrics = Arc::new(Metrics::new());
+        let (auditor, settling) = Auditor::new(Arc::clone(&metrics), FleetWitness { fleet: fleet.clone() });
+        tokio::spawn(settling);
+        let GatewayConfig { policy, tokenizer, max_body_bytes, allow_admin, seed } = config;
+        let table = Table::new(fleet.snapshot(), &Table::default(), &metrics);
+        let gateway = Arc::new(Self {
+            fleet,
+            table: ArcSwap::from_pointee(table),
+            cache_aware: policy.needs_cache_knowledge(),
+            desk: Mutex::new(Desk { scheduler: Scheduler::new(policy), rng: Rng::new(seed) }),
+            prompts: Prompts::new(tokenizer),
+            explanations: Ring::new((seed >> 32) as u32 ^ seed as u32),
+            auditor,
+            metrics,
+            max_body_bytes,
+            allow_admin,
+            began: Instant::now(),
+            draining: AtomicBool::new(false),
+        });
+        let (following, keeping) = (Arc::clone(&gateway), Arc::clone(&gateway));
+        tokio::spawn(
+            stop.child_token().run_until_cancelled_owned(async move { following.follow_fleet().await }),
+        );
+        tokio::spawn(stop.child_token().run_until_cancelled_owned(async move { keeping.keep_house().await }));
+        gateway
+    }
+
+    /// From now on new requests are refused and `/ready` says so.
+    pub(crate) fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Remakes the table whenever the fleet changes, and finds new models' tokenizers.
+    async fn follow_fleet(&self) {
+        let mut changed = self.fleet.changed();
+        loop {
+            let view = self.fleet.snapshot();
+            changed.mark_unchanged();
+            let table = Table::new(Arc::clone(&view), &self.table.load(), &self.metrics);
+            self.table.store(Arc::new(table));
+            if self.cache_aware {
+                self.prompts.learn(&view).await;
+            }
+            if changed.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn keep_house(&self) {
+        loop {
+            tokio::time::sleep(HOUSEKEEPING).await;
+            let table = self.table.load_full();
+            table.upstreams().iter().for_each(|upstream| upstream.pool.sweep());
+        }
+    }
+
+    /// Runs `work` under the scheduler's lock, with the time on its clock.
+    fn desk<R>(&self, work: impl FnOnce(&mut Desk, f64) -> R) -> R {
+        let now_ms = self.began.elapsed().as_secs_f64() * 1e3;
+        // A panic inside leaves the account of one request open, which is better than to refuse all others.
+        work(&mut self.desk.lock().unwrap_or_else(PoisonError::into_inner), now_ms)
+    }
+
+    fn evidence(&self, worker: Worker) -> Evidence {
+        FleetWitness::of(&self.fleet, worker)
+    }
+
+    /// Answers one request. Never fails: errors are responses.
+    pub(crate) async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response {
+        let arrived = Instant::now();
+        let (head, body) = request.into_parts();
+        let path = head.uri.path();
+        let route = route(&head.method, path);
+        let answered = match route {
+            Route::Chat => self.serve(arrived, &head, body, Some(Endpoint::Chat)).await,
+            Route::Completions => self.serve(arrived, &head, body, Some(Endpoint::Completions)).await,
+            Route::Other => self.serve(arrived, &head, body, None).await,
+            Route::Admin => self.admin(&head, body).await,
+            Route::DryRun => self.dry_run(arrived, &head, body).await,
+            Route::Models => Ok(self.models()),
+            Route::Health => Ok(status::text("ok\n")),
+            Route::Ready => Ok(self.ready()),
+            Route::Metrics => Ok(self.metrics_text()),
+            Route::Workers => Ok(self.workers()),
+            Route::Explain => self.explanation(path),
+        };
+        answered.unwrap_or_else(|error| {
+            self.metrics.rejected(error.reason());
+            tracing::debug!(path, status = error.status.as_u16(), reason = error.reason(), "rejected");
+            error.response().map(ResponseBody::own)
+        })
+    }
+
+    /// A request for an engine.
+    async fn serve(
+        self: &Arc<Self>,
+        arrived: Instant,
+        head: &hyper::http::request::Parts,
+        body: Incoming,
+        endpoint: Option<Endpoint>,
+    ) -> Result<Response, ClientError> {
+        if self.is_draining() {
+            return Err(ClientError::unavailable("This router is shutting down; try again."));
+        }
+        let body = body::read(body, self.max_body_bytes).await?;
+        let fields = match endpoint {
+            Some(endpoint) => {
+                let parsed = RequestFields::parse(endpoint, body.clone());
+                Some(parsed.map_err(|bad| ClientError::bad_field(&bad))?)
+            }
+            // Whatever it is, it is the engine's business; only a model's name helps to find the right one.
+            None => RequestFields::parse(Endpoint::Other, body.clone()).ok(),
+        };
+        let ask = Ask {
+            arrived,
+            path: head.uri.path(),
+            headers: &head.headers,
+            fields: fields.as_ref(),
+            body_bytes: body.len(),
+        };
+        let plan = self.plan(&ask).await?;
+        let inflight = self.book(&plan, &ask)?;
+        Ok(self.forward(&plan, inflight, head, &body).await)
+    }
+}
+
+/// Asks the fleet on behalf of the audit.
+#[derive(Debug)]
+struct FleetWitness {
+    fleet: Fleet,
+}
+
+impl FleetWitness {
+    fn of(fleet: &Fleet, worker: Worker) -> Evidence {
+        let view = fleet.snapshot();
+        let rank = view.instance(worker.instance).and_then(|i| i.ranks.get(worker.rank as usize));
+        let complete = rank.is_some_and(|rank| rank.trust == Trust::Live);
+        fleet.look(worker, |stats| Evidence {
+            epoch: stats.epoch,
+            cleared: stats.cleared_events,
+            removed_events: stats.removed_events,
+            complete,
+        })
+    }
+}
+
+impl Witness for FleetWitness {
+    fn evidence(&self, worker: Worker) -> Evidence {
+        Self::of(&self.fleet, worker)
+    }
+
+    fn confirmed_tokens(&self, case: &Case) -> u32 {
+        let Some(blocks) = &case.blocks else { return 0 };
+        let mut overlaps = Overlaps::default();
+        blocks.index.overlap(&blocks.hashes, &mut overlaps);
+        let device = overlaps.get(case.worker).map_or(0, |o| o.device);
+        device.saturating_mul(blocks.block_size)
+    }
+}
+
+/// A body that is written here.
+fn own(bytes: impl Into<Bytes>) -> ResponseBody<Forwarded> {
+    ResponseBody::own(bytes.into())
+}

@@ -1,0 +1,447 @@
+//! From a request to the worker that should serve it: tokens, blocks, overlaps, decision, booking.
+
+use super::error::ClientError;
+use super::inflight::{Expected, InFlight};
+use super::prompts::{Refused, Tokenized};
+use super::{Gateway, PromptBlocks, Table, Upstream};
+use crate::audit::{Evidence, Prediction};
+use crate::explain::{Course, Record, Tokens};
+use crate::fleet::{Facts, Instance, Partition, Trust};
+use hyper::header::HeaderMap;
+use kvlane_index::hash::{Namespace, prompt_hashes};
+use kvlane_index::{BlockHash, Overlap, Overlaps, Worker};
+use kvlane_prompt::{Endpoint, RequestFields};
+use kvlane_sched::{Candidate, Decision, OverlapTokens, Pin, Reject, Request, RequestId};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant, SystemTime};
+
+/// Blocks that running requests share are counted by ids that stand for at least so many tokens: finer ones cost the ledger time and tell
+/// it nothing.
+const LEDGER_ID_TOKENS_MIN: u32 = 256;
+/// A predicted placement lasts this long where events will confirm or replace it.
+const PREDICTED_UNTIL_EVENT: Duration = Duration::from_secs(5);
+/// A predicted placement lasts this long where nothing else is known.
+const PREDICTED_WITHOUT_EVENTS: Duration = Duration::from_secs(120);
+
+/// A request as far as routing is concerned.
+#[derive(Debug)]
+pub(crate) struct Ask<'a> {
+    /// When its head was read.
+    pub arrived: Instant,
+    /// Path of the endpoint.
+    pub path: &'a str,
+    /// The client's headers.
+    pub headers: &'a HeaderMap,
+    /// What its body says.
+    pub fields: Option<&'a RequestFields>,
+    /// Length of its body.
+    pub body_bytes: usize,
+}
+
+/// What was found out about a request, enough to decide (again) and to book.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    /// The fleet as it was.
+    pub table: Arc<Table>,
+    candidates: Vec<Offer>,
+    tokens: Tokens,
+    /// Tokens of all its prompts.
+    prompt_tokens: Option<u32>,
+    prompt_bytes: u64,
+    max_output_tokens: Option<u32>,
+    pinned: Option<Pin>,
+    session: Option<u64>,
+    ledger_ids: Vec<u64>,
+    ledger_id_tokens: u32,
+    /// Why the engine's count of cached tokens cannot be compared.
+    unaudited: Option<&'static str>,
+}
+
+/// A worker that might serve the request.
+#[derive(Debug)]
+struct Offer {
+    upstream: Arc<Upstream>,
+    worker: Worker,
+    trust: f64,
+    overlap: Option<Overlap>,
+    blocks: Option<PromptBlocks>,
+    /// Whether events will tell what becomes of a predicted placement.
+    events: bool,
+}
+
+impl Gateway {
+    /// Finds out about a request. Errors are for the client.
+    pub(super) async fn plan(&self, ask: &Ask<'_>) -> Result<Plan, ClientError> {
+        let table = self.table.load_full();
+        let serving = self.serving(&table, ask.fields)?;
+        let tokenized = match ask.fields {
+            _ if !self.cache_aware => Tokenized::unknown("blind-policy"),
+            Some(fields) if fields.endpoint() != Endpoint::Other => {
+                let began = Instant::now();
+                let found = self.prompts.tokens(fields, &serving, &table, ask.headers).await;
+                self.metrics.tokenizing.observe(began.elapsed());
+                found.map_err(|refused| match refused {
+                    Refused::Bad(bad) => ClientError::bad_field(&bad),
+                    Refused::TooLong => ClientError::context_length(longest(&serving, ask.fields), None),
+                })?
+            }
+            _ => Tokenized::unknown("endpoint"),
+        };
+        let prompt_tokens = total(&tokenized);
+        let serving = self.long_enough(serving, ask.fields, &tokenized)?;
+        let pinned = ask.headers.get("x-data-parallel-rank").map(rank_pin).transpose()?;
+        let mut plan = Plan {
+            candidates: Vec::new(),
+            tokens: tokenized.from,
+            prompt_tokens,
+            prompt_bytes: ask.body_bytes as u64,
+            max_output_tokens: ask
+                .fields
+                .and_then(|f| f.max_tokens)
+                .map(|n| u32::try_from(n).unwrap_or(u32::MAX)),
+            pinned,
+            session: ask
+                .fields
+                .and_then(|f| f.session_id.as_deref())
+                .map(|id| xxhash_rust::xxh3::xxh3_64(id.as_bytes())),
+            ledger_ids: Vec::new(),
+            ledger_id_tokens: 0,
+            unaudited: match ask.fields {
+                Some(fields) if fields.n > 1 => Some("several-answers"),
+                // With it some engines do not read their cache.
+                Some(fields) if fields.echo => Some("echo"),
+                _ if tokenized.prompts.len() > 1 => Some("batch"),
+                _ => None,
+            },
+            table,
+        };
+        plan.offer(&serving, ask.fields, &common_prefix(&tokenized.prompts));
+        Ok(plan)
+    }
+
+    /// The healthy instances that may serve the request.
+    fn serving(
+        &self,
+        table: &Table,
+        fields: Option<&RequestFields>,
+    ) -> Result<Vec<Arc<Instance>>, ClientError> {
+        let view = &table.view;
+        let healthy = || view.instances.iter().filter(|i| i.health.is_healthy());
+        let none_healthy =
+            || ClientError::unavailable("No worker is healthy now; try again soon, or see /kvlane/workers.");
+        let Some(fields) = fields else {
+            let any: Vec<Arc<Instance>> = healthy().map(Arc::clone).collect();
+            return if any.is_empty() { Err(none_healthy()) } else { Ok(any) };
+        };
+        match fields.model.as_deref() {
+            Some(model) => {
+                let serving = view.serving(model);
+                if !serving.is_empty() {
+                    Ok(serving.to_vec())
+                } else if view.knows(model) {
+                    Err(ClientError::unavailable(
+                        "No worker that serves this model is healthy now; try again soon.",
+                    ))
+                } else if healthy().next().is_none() {
+                    Err(none_healthy())
+                } else {
+                    Err(ClientError::model_not_found(model, view.model_names()))
+                }
+            }
+            None => {
+                let mut models = healthy().filter_map(|i| i.facts.as_ref()).map(Facts::base_model);
+                let Some(first) = models.next() else { return Err(none_healthy()) };
+                if fields.endpoint() != Endpoint::Other && models.any(|model| model != first) {
+                    return Err(ClientError {
+                        param: Some("model"),
+                        ..ClientError::bad_request(
+                            "`model` is needed: several models are served here, see /v1/models.",
+                        )
+                    });
+                }
+                Ok(healthy().map(Arc::clone).collect())
+            }
+        }
+    }
+
+    /// Those of `serving` whose context takes the longest prompt of the request and one token of an answer.
+    fn long_enough(
+        &self,
+        serving: Vec<Arc<Instance>>,
+        fields: Option<&RequestFields>,
+        tokenized: &Tokenized,
+    ) -> Result<Vec<Arc<Instance>>, ClientError> {
+        let longest_prompt = tokenized.prompts.iter().map(|p| p.len() as u64).max().unwrap_or(0);
+        let room = |instance: &Instance| {
+            context(instance, fields).is_none_or(|len| {
+                // Scoring a prompt (`max_tokens: 0`) needs no room for an answer.
+                let answer = u64::from(fields.and_then(|f| f.max_tokens) != Some(0));
+                longest_prompt + answer <= len
+            })
+        };
+        if serving.iter().all(|i| room(i)) {
+            return Ok(serving);
+        }
+        let len = longest(&serving, fields);
+        let left: Vec<Arc<Instance>> = serving.into_iter().filter(|i| room(i)).collect();
+        if left.is_empty() { Err(ClientError::context_length(len, Some(longest_prompt))) } else { Ok(left) }
+    }
+
+    /// Decides without booking anything: the dry run.
+    pub(super) fn decide(&self, plan: &Plan, id: RequestId) -> (Decision, Result<(), Reject>) {
+        let mut decision = Decision::default();
+        let request = plan.request(id);
+        let result = self.desk(|desk, now_ms| {
+            desk.scheduler.decide(&request, &plan.candidates(), now_ms, &mut desk.rng, &mut decision)
+        });
+        (decision, result)
+    }
+
+    /// Decides and books under one lock, so that the next request sees what this one reserved.
+    pub(super) fn book(self: &Arc<Self>, plan: &Plan, ask: &Ask<'_>) -> Result<InFlight, ClientError> {
+        let id = self.explanations.next_id();
+        let request_id = RequestId(id.sequence);
+        let request = plan.request(request_id);
+        let candidates = plan.candidates();
+        let mut decision = Decision::default();
+        let decided = self.desk(|desk, now_ms| {
+            desk.scheduler.decide(&request, &candidates, now_ms, &mut desk.rng, &mut decision)?;
+            let worker = decision.worker().expect("a decision without an error names a worker");
+            desk.scheduler
+                .book(&request, &decision, worker, now_ms)
+                .expect("ids count up and are never in flight twice");
+            Ok(worker)
+        });
+        let routing = ask.arrived.elapsed();
+        self.metrics.routing.observe(routing);
+        let worker = decided.map_err(|reject| match reject {
+            Reject::PinnedAbsent => ClientError::bad_request(
+                "`X-data-parallel-rank` names a rank that no worker of this model has.",
+            ),
+            Reject::NoWorkers | Reject::NoneEligible => {
+                ClientError::unavailable("No worker can take this request now; try again soon.")
+            }
+        })?;
+        let record = Arc::new(Record {
+            id,
+            at: SystemTime::now(),
+            path: ask.path.to_owned(),
+            model: ask.fields.and_then(|f| f.model.clone()),
+            stream: ask.fields.is_some_and(|f| f.stream),
+            tokens: plan.tokens,
+            routing_ms: routing.as_secs_f64() * 1e3,
+            decision,
+            table: Arc::clone(&plan.table),
+            course: Mutex::new(Course::default()),
+            audit: OnceLock::new(),
+        });
+        self.explanations.keep(Arc::clone(&record));
+        let offer = plan.get(worker).expect("the chosen worker is one of the candidates");
+        self.predict(offer);
+        let expected = plan.expected(self, offer);
+        let upstream = Arc::clone(&offer.upstream);
+        Ok(InFlight::new(Arc::clone(self), record, ask.arrived, upstream, worker, expected))
+    }
+
+    /// Books the request at another worker of the same decision.
+    pub(super) fn rebook(&self, plan: &Plan, inflight: &mut InFlight, worker: Worker) {
+        let id = RequestId(inflight.record.id.sequence);
+        let Some(offer) = plan.get(worker) else { return };
+        self.desk(|desk, now_ms| {
+            desk.scheduler.end(id, now_ms);
+            desk.scheduler
+                .book(&plan.request(id), &inflight.record.decision, worker, now_ms)
+                .expect("it was just ended, and ids are never in flight twice");
+        });
+        self.predict(offer);
+        inflight.moved(Arc::clone(&offer.upstream), worker, plan.expected(self, offer));
+    }
+
+    /// Notes where the prompt's blocks will be, for the requests that come before the events.
+    fn predict(&self, offer: &Offer) {
+        let Some(blocks) = &offer.blocks else { return };
+        let ttl = if offer.events { PREDICTED_UNTIL_EVENT } else { PREDICTED_WITHOUT_EVENTS };
+        let until_ms = crate::clock::now_ms() + ttl.as_millis() as u64;
+        blocks.index.predict(offer.worker, &blocks.hashes, until_ms);
+    }
+}
+
+impl Plan {
+    /// Offers every rank of `serving`, with what it holds of `tokens`.
+    fn offer(&mut self, serving: &[Arc<Instance>], fields: Option<&RequestFields>, tokens: &[u32]) {
+        let mut looked_up: Vec<(Arc<Partition>, PromptBlocks, Overlaps)> = Vec::new();
+        for instance in serving {
+            let Some(upstream) = self.table.upstream(instance.id).map(Arc::clone) else { continue };
+            let partition = instance.partition.as_ref().filter(|_| !tokens.is_empty());
+            let at = partition.and_then(|partition| {
+                let known = looked_up.iter().position(|(p, ..)| Arc::ptr_eq(p, partition));
+                known.or_else(|| {
+                    let blocks = prompt_blocks(partition, instance, fields, tokens)?;
+                    let mut overlaps = Overlaps::default();
+                    blocks.index.overlap(&blocks.hashes, &mut overlaps);
+                    looked_up.push((Arc::clone(partition), blocks, overlaps));
+                    Some(looked_up.len() - 1)
+                })
+            });
+            let found = at.map(|at| &looked_up[at]);
+            if let Some((partition, blocks, _)) = found
+                && self.ledger_ids.is_empty()
+            {
+                self.ledger_id_tokens =
+                    ledger_ids(&blocks.hashes, partition.block_size.tokens(), &mut self.ledger_ids);
+            }
+            for (rank, facts) in instance.ranks.iter().zip(&upstream.ranks) {
+                self.candidates.push(Offer {
+                    worker: rank.worker,
+                    trust: facts.trust,
+                    overlap: found.and_then(|(_, _, overlaps)| overlaps.get(rank.worker).copied()),
+                    blocks: found.map(|(_, blocks, _)| blocks.clone()),
+                    events: !matches!(rank.trust, Trust::Blind(_)),
+                    upstream: Arc::clone(&upstream),
+                });
+            }
+        }
+    }
+
+    fn get(&self, worker: Worker) -> Option<&Offer> {
+        self.candidates.iter().find(|c| c.worker == worker)
+    }
+
+    fn request(&self, id: RequestId) -> Request<'_> {
+        Request {
+            id,
+            prompt_tokens: self.prompt_tokens,
+            prompt_bytes: self.prompt_bytes,
+            expected_output_tokens: None,
+            max_output_tokens: self.max_output_tokens,
+            pinned: self.pinned,
+            priority: 0,
+            session: self.session,
+            blocks: &self.ledger_ids,
+            block_id_tokens: self.ledger_id_tokens,
+        }
+    }
+
+    fn candidates(&self) -> Vec<Candidate<'_>> {
+        self.candidates
+            .iter()
+            .map(|offer| Candidate {
+                overlap: offer.overlap.as_ref().map_or_else(OverlapTokens::default, |overlap| {
+                    OverlapTokens::from_blocks(overlap, offer.upstream.profile.block_size_tokens)
+                }),
+                trust: offer.trust,
+                ..Candidate::new(offer.worker, &offer.upstream.profile)
+            })
+            .collect()
+    }
+
+    /// What the index promises of the worker of `offer`; `None` where it knows nothing of the prompt.
+    fn prediction(&self, offer: &Offer) -> Option<Prediction> {
+        self.prompt_tokens.filter(|_| offer.blocks.is_some()).map(|prompt_tokens| {
+            let overlap = offer.overlap.as_ref();
+            let device = overlap.map_or(0, |o| o.device);
+            let tiered = overlap.map_or(0, |o| o.mixed.max(o.device + o.host + o.disk + o.external));
+            let predicted = overlap.map_or(0, |o| o.predicted);
+            Prediction::new(
+                prompt_tokens,
+                offer.upstream.profile.block_size_tokens,
+                device,
+                predicted,
+                tiered,
+            )
+        })
+    }
+
+    /// What to expect of the worker of `offer`.
+    fn expected(&self, gateway: &Gateway, offer: &Offer) -> Expected {
+        let prediction = self.prediction(offer);
+        Expected {
+            prediction,
+            unaudited: self.unaudited,
+            evidence: if prediction.is_some() { gateway.evidence(offer.worker) } else { Evidence::default() },
+            blocks: offer.blocks.clone(),
+        }
+    }
+
+    /// The prediction for `worker`, for a dry run.
+    pub(super) fn predicted_tokens(&self, worker: Worker) -> Option<u32> {
+        Some(self.prediction(self.get(worker)?)?.cached_tokens)
+    }
+
+    /// Where the tokens came from.
+    pub(super) fn tokens(&self) -> Tokens {
+        self.tokens
+    }
+}
+
+fn total(tokenized: &Tokenized) -> Option<u32> {
+    if tokenized.prompts.is_empty() {
+        return None;
+    }
+    let sum: u64 = tokenized.prompts.iter().map(|p| p.len() as u64).sum();
+    Some(u32::try_from(sum).unwrap_or(u32::MAX))
+}
+
+/// A batch is routed as one, by what its prompts have in common.
+fn common_prefix(prompts: &[Arc<[u32]>]) -> Arc<[u32]> {
+    let Some((first, rest)) = prompts.split_first() else { return Arc::default() };
+    let common = rest.iter().fold(first.len(), |common, prompt| {
+        first.iter().zip(prompt.iter()).take(common).take_while(|(a, b)| a == b).count()
+    });
+    if common == first.len() { Arc::clone(first) } else { first[..common].into() }
+}
+
+/// The context length of the model asked for; `None` = not known.
+fn context(instance: &Instance, fields: Option<&RequestFields>) -> Option<u64> {
+    let facts = instance.facts.as_ref()?;
+    let name = fields.and_then(|f| f.model.as_deref()).unwrap_or_else(|| facts.base_model());
+    let model = instance.model(name)?;
+    // An adapter is listed without a length of its own.
+    model.max_model_len.or_else(|| instance.model(model.parent.as_deref()?)?.max_model_len)
+}
+
+fn longest(serving: &[Arc<Instance>], fields: Option<&RequestFields>) -> u64 {
+    serving.iter().filter_map(|i| context(i, fields)).max().unwrap_or(0)
+}
+
+fn rank_pin(value: &hyper::header::HeaderValue) -> Result<Pin, ClientError> {
+    value
+        .to_str()
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .map(Pin::Rank)
+        .ok_or_else(|| ClientError::bad_request("`X-data-parallel-rank` must be a number."))
+}
+
+/// The blocks of a prompt as the engines of `partition` cut them.
+fn prompt_blocks(
+    partition: &Partition,
+    instance: &Instance,
+    fields: Option<&RequestFields>,
+    tokens: &[u32],
+) -> Option<PromptBlocks> {
+    let fields = fields?;
+    let adapter =
+        fields.model.as_deref().filter(|name| instance.model(name).is_some_and(|m| m.parent.is_some()));
+    let namespace = Namespace { adapter, salt: fields.cache_salt.as_deref() };
+    let mut hashes = Vec::with_capacity(tokens.len() / partition.block_size.tokens() as usize);
+    prompt_hashes(tokens, partition.block_size, &namespace, &mut hashes);
+    Some(PromptBlocks {
+        index: partition.index.clone(),
+        hashes: hashes.into(),
+        block_size: partition.block_size.tokens(),
+    })
+}
+
+/// Chained ids of the prompt's prefixes, one for every few blocks; returns the tokens that each stands for.
+fn ledger_ids(hashes: &[BlockHash], block_size: u32, out: &mut Vec<u64>) -> u32 {
+    let stride = LEDGER_ID_TOKENS_MIN.div_ceil(block_size);
+    let mut chain = 0u64;
+    for group in hashes.chunks_exact(stride as usize) {
+        for hash in group {
+            chain = (chain.rotate_left(23) ^ hash.0).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        }
+        out.push(chain);
+    }
+    stride.saturating_mul(block_size)
+}

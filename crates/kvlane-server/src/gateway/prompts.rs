@@ -1,0 +1,323 @@
+//! From a request to its tokens, without ever holding up another request.
+//!
+//! A model's files are read once, in the background; until then, and where there are none, its engine's own
+//! `/tokenize` is asked. Short requests are tokenized where they are; long ones on the blocking pool, as many at a time as
+//! there are cores, so that a prompt of a megabyte delays nobody else.
+
+use super::Table;
+use super::upstream::SendError;
+use crate::explain::Tokens;
+use crate::fleet::{FleetView, Instance};
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use http_body::Body;
+use http_body_util::Full;
+use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
+use hyper::{Method, Request, StatusCode};
+use kvlane_prompt::remote::{RemotePrompt, parse_tokenize_response, tokenize_bodies};
+use kvlane_prompt::{BadRequest, ModelPrompt, PromptConfig, PromptError, RequestFields, Unroutable};
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime};
+use tokio::sync::Semaphore;
+use xxhash_rust::xxh3::xxh3_128;
+
+/// Requests with a longer body are tokenized on the blocking pool. At about 10 MB/s this is a millisecond and a half.
+const INLINE_BYTES_MAX: usize = 16 * 1024;
+/// Waiting for an engine's `/tokenize`; after it the request is routed by load.
+const ENGINE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Questions to engines at a time; a request beyond is routed by load.
+const ENGINE_QUESTIONS_MAX: usize = 64;
+/// Longest answer of an engine's `/tokenize`: a million tokens are about 7 MB.
+const ENGINE_ANSWER_BYTES_MAX: usize = 32 << 20;
+/// Memory for the engines' answers, so that a repeated prompt is not asked for again.
+const ENGINE_CACHE_BYTES: u64 = 32 << 20;
+/// Prompts of one request that an engine is asked about; a larger batch is routed by load.
+const ENGINE_BATCH_MAX: usize = 16;
+
+/// Where tokens come from.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum TokenizerSetting {
+    /// The directory that the engine loaded the model from, if it is on this host too; else the engine's `/tokenize`.
+    #[default]
+    Auto,
+    /// This model directory, or `tokenizer.json` in one.
+    Path(PathBuf),
+    /// The engine's `/tokenize`.
+    Engine,
+}
+
+/// The tokens of a request.
+#[derive(Debug)]
+pub(crate) struct Tokenized {
+    /// One for each prompt of a batch; empty where they are not known.
+    pub prompts: Vec<Arc<[u32]>>,
+    /// Where they came from.
+    pub from: Tokens,
+}
+
+impl Tokenized {
+    /// Not known.
+    pub(crate) fn unknown(why: &'static str) -> Self {
+        Self { prompts: Vec::new(), from: Tokens::Unknown(why) }
+    }
+}
+
+/// Why a request goes no further.
+#[derive(Debug)]
+pub(crate) enum Refused {
+    /// Its body is wrong.
+    Bad(BadRequest),
+    /// It is longer than the model's context.
+    TooLong,
+}
+
+/// How one model's prompts are tokenized.
+#[derive(Clone, Debug)]
+enum Source {
+    Local(Arc<ModelPrompt>),
+    Engine,
+}
+
+/// The tokenizers of all models.
+#[derive(Debug)]
+pub(crate) struct Prompts {
+    setting: TokenizerSetting,
+    /// By base model.
+    sources: ArcSwap<HashMap<String, Source>>,
+    /// Long requests that are tokenized now.
+    working: Semaphore,
+    /// Questions to engines.
+    asking: Semaphore,
+    answers: Cache<u128, Arc<[u32]>, ByBytes>,
+    turn: AtomicUsize,
+}
+
+#[derive(Clone, Debug)]
+struct ByBytes;
+
+impl Weighter<u128, Arc<[u32]>> for ByBytes {
+    fn weight(&self, _key: &u128, tokens: &Arc<[u32]>) -> u64 {
+        64 + size_of_val::<[u32]>(tokens) as u64
+    }
+}
+
+impl Prompts {
+    /// No model is known yet.
+    pub(crate) fn new(setting: TokenizerSetting) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            setting,
+            sources: ArcSwap::default(),
+            working: Semaphore::new(cores),
+            asking: Semaphore::new(ENGINE_QUESTIONS_MAX),
+            answers: Cache::with_weighter(4096, ENGINE_CACHE_BYTES, ByBytes),
+            turn: AtomicUsize::new(0),
+        }
+    }
+
+    /// Whether it is settled how the prompts of `base_model` are tokenized.
+    pub(crate) fn knows(&self, base_model: &str) -> bool {
+        self.sources.load().contains_key(base_model)
+    }
+
+    /// Where the tokens of `base_model` come from, for display; `None` = not settled yet.
+    pub(crate) fn source(&self, base_model: &str) -> Option<&'static str> {
+        self.sources.load().get(base_model).map(|source| match source {
+            Source::Local(_) => Tokens::Local.name(),
+            Source::Engine => Tokens::Engine.name(),
+        })
+    }
+
+    /// Finds the tokenizers of models that were not there before. Reads files; one call at a time.
+    pub(crate) async fn learn(&self, view: &FleetView) {
+        for instance in &view.instances {
+            let Some(facts) = instance.facts.as_ref().filter(|_| instance.health.is_healthy()) else {
+                continue;
+            };
+            let base = facts.base_model();
+            if base.is_empty() || self.knows(base) {
+                continue;
+            }
+            let source = self.find(instance, base).await;
+            let mut sources = HashMap::clone(&self.sources.load());
+            sources.insert(base.to_owned(), source);
+            self.sources.store(Arc::new(sources));
+        }
+    }
+
+    async fn find(&self, instance: &Instance, base: &str) -> Source {
+        let model = instance.model(base);
+        let (path, asked_for) = match &self.setting {
+            TokenizerSetting::Engine => return Source::Engine,
+            TokenizerSetting::Path(path) => (path.clone(), true),
+            TokenizerSetting::Auto => match model.and_then(|m| m.root.as_deref()) {
+                Some(root) if Path::new(root).is_absolute() => (PathBuf::from(root), false),
+                _ => return Source::Engine,
+            },
+        };
+        let max_model_len = model.and_then(|m| m.max_model_len).and_then(|n| u32::try_from(n).ok());
+        let config = PromptConfig { max_model_len, ..PromptConfig::default() };
+        let shown = path.display().to_string();
+        match tokio::task::spawn_blocking(move || ModelPrompt::load(&path, config)).await {
+            Ok(Ok(prompt)) => {
+                tracing::info!(model = base, path = shown, "tokenizing here");
+                Source::Local(Arc::new(prompt))
+            }
+            Ok(Err(error)) if asked_for => {
+                tracing::error!(model = base, %error, "the given tokenizer cannot be used; asking the engine instead");
+                Source::Engine
+            }
+            Ok(Err(error)) => {
+                tracing::info!(model = base, %error, "no tokenizer on this host; asking the engine");
+                Source::Engine
+            }
+            Err(_) => {
+                tracing::error!(
+                    model = base,
+                    path = shown,
+                    "reading the tokenizer failed; asking the engine instead"
+                );
+                Source::Engine
+            }
+        }
+    }
+
+    /// The tokens of `request`, which `serving` (not empty) can serve. `headers` are the client's.
+    pub(crate) async fn tokens(
+        &self,
+        request: &RequestFields,
+        serving: &[Arc<Instance>],
+        table: &Table,
+        headers: &HeaderMap,
+    ) -> Result<Tokenized, Refused> {
+        let base = serving.first().and_then(|i| i.facts.as_ref()).map_or("", |f| f.base_model());
+        let source = self.sources.load().get(base).cloned();
+        match source {
+            None => Ok(Tokenized::unknown("tokenizer-loading")),
+            Some(Source::Engine) => self.ask(request, serving, table, headers).await,
+            Some(Source::Local(model)) => {
+                let now = unix_s();
+                let found = if request.body().len() <= INLINE_BYTES_MAX {
+                    model.tokens(request, now)
+                } else {
+                    let _turn = self.working.acquire().await.expect("this semaphore is never closed");
+                    let request = request.clone();
+                    tokio::task::spawn_blocking(move || model.tokens(&request, now))
+                        .await
+                        .unwrap_or(Err(PromptError::Unroutable(Unroutable::TokenizerFailed)))
+                };
+                match found {
+                    Ok(prompts) => {
+                        let prompts = prompts.into_iter().map(|p| p.tokens.into()).collect();
+                        Ok(Tokenized { prompts, from: Tokens::Local })
+                    }
+                    Err(error) => refused(error),
+                }
+            }
+        }
+    }
+
+    async fn ask(
+        &self,
+        request: &RequestFields,
+        serving: &[Arc<Instance>],
+        table: &Table,
+        headers: &HeaderMap,
+    ) -> Result<Tokenized, Refused> {
+        let questions = match tokenize_bodies(request) {
+            Ok(questions) => questions,
+            Err(error) => return refused(error),
+        };
+        if questions.len() > ENGINE_BATCH_MAX {
+            return Ok(Tokenized::unknown("batch-too-large"));
+        }
+        let mut prompts = Vec::with_capacity(questions.len());
+        let mut from = Tokens::Local;
+        for question in questions {
+            match question {
+                RemotePrompt::Tokens(tokens) => prompts.push(tokens.into()),
+                RemotePrompt::Ask(body) => {
+                    from = Tokens::Engine;
+                    match self.ask_one(body, serving, table, headers).await {
+                        Ok(tokens) => prompts.push(tokens),
+                        Err(why) => return Ok(Tokenized::unknown(why)),
+                    }
+                }
+            }
+        }
+        Ok(Tokenized { prompts, from })
+    }
+
+    async fn ask_one(
+        &self,
+        body: Vec<u8>,
+        serving: &[Arc<Instance>],
+        table: &Table,
+        headers: &HeaderMap,
+    ) -> Result<Arc<[u32]>, &'static str> {
+        let key = xxh3_128(&body);
+        if let Some(tokens) = self.answers.get(&key) {
+            return Ok(tokens);
+        }
+        let Ok(_question) = self.asking.try_acquire() else { return Err("tokenize-busy") };
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let instance = serving.get(turn % serving.len().max(1)).ok_or("no-worker")?;
+        let asked = tokio::time::timeout(ENGINE_TIMEOUT, question(body, instance, table, headers));
+        let tokens: Arc<[u32]> = asked.await.unwrap_or(Err("tokenize-timeout"))?.into();
+        self.answers.insert(key, Arc::clone(&tokens));
+        Ok(tokens)
+    }
+}
+
+fn refused(error: PromptError) -> Result<Tokenized, Refused> {
+    match error {
+        PromptError::BadRequest(bad) => Err(Refused::Bad(bad)),
+        PromptError::Unroutable(Unroutable::TooLong) => Err(Refused::TooLong),
+        PromptError::Unroutable(why) => Ok(Tokenized::unknown(why.label())),
+    }
+}
+
+/// One question to one engine.
+async fn question(
+    body: Vec<u8>,
+    instance: &Instance,
+    table: &Table,
+    headers: &HeaderMap,
+) -> Result<Vec<u32>, &'static str> {
+    let upstream = table.upstream(instance.id).ok_or("no-worker")?;
+    let mut request = Request::new(Full::new(Bytes::from(body)));
+    *request.method_mut() = Method::POST;
+    *request.uri_mut() = format!("{}/tokenize", upstream.prefix).parse().map_err(|_| "tokenize-failed")?;
+    request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    if let Some(key) = headers.get(AUTHORIZATION) {
+        request.headers_mut().insert(AUTHORIZATION, key.clone());
+    }
+    let exchange = upstream.pool.send(request).await.map_err(|error| match error {
+        SendError::Connect(_) | SendError::ConnectTimeout => "tokenize-unreachable",
+        SendError::NoResponse(_) => "tokenize-failed",
+    })?;
+    if exchange.head.status != StatusCode::OK {
+        return Err("tokenize-refused");
+    }
+    let mut answer = Vec::new();
+    let mut body = pin!(exchange.body);
+    while let Some(frame) = std::future::poll_fn(|cx| body.as_mut().poll_frame(cx)).await {
+        let Ok(data) = frame.map_err(|_| "tokenize-failed")?.into_data() else { continue };
+        if answer.len() + data.len() > ENGINE_ANSWER_BYTES_MAX {
+            return Err("tokenize-too-long");
+        }
+        answer.extend_from_slice(&data);
+    }
+    parse_tokenize_response(&answer).map_err(|_| "tokenize-not-understood")
+}
+
+/// Now, as templates print it: engines' containers run in UTC.
+fn unix_s() -> i64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64)
+}

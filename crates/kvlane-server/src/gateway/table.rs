@@ -1,0 +1,136 @@
+//! What the request path needs of the fleet, made once per change and read without waiting.
+//!
+//! A [`FleetView`] says what is known of the engines; beside each of them lie here its connections, its counters and
+//! the texts that would otherwise be formatted for every request.
+
+use super::upstream::Pool;
+use crate::fleet::{FleetView, Instance, Trust};
+use crate::metrics::{Metrics, WorkerMetrics};
+use hyper::header::HeaderValue;
+use kvlane_index::{InstanceId, Worker};
+use kvlane_sched::{EngineLimits, Profile};
+use std::sync::Arc;
+
+/// The fleet and its connections at one moment.
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    /// What the fleet knows.
+    pub view: Arc<FleetView>,
+    /// One for each of `view.instances`, in its order.
+    upstreams: Vec<Arc<Upstream>>,
+}
+
+/// One engine process, as requests are sent to it.
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    /// Its number.
+    pub id: InstanceId,
+    /// `host:port`, for headers, logs and metrics.
+    pub name: String,
+    /// Path prefix of its base URL, without a trailing slash; usually empty.
+    pub prefix: String,
+    /// Its connections; they outlive the table.
+    pub pool: Arc<Pool>,
+    /// Its counters.
+    pub metrics: WorkerMetrics,
+    /// What the scheduler needs of each of its workers.
+    pub profile: Profile,
+    /// By rank.
+    pub ranks: Vec<RankFacts>,
+}
+
+/// One data-parallel rank.
+#[derive(Debug)]
+pub(crate) struct RankFacts {
+    /// Its name in the index and the ledger.
+    pub worker: Worker,
+    /// Its name in headers and JSON: the instance's, with `/rank` where there are several.
+    pub name: String,
+    /// `name` as the value of `x-kvlane-worker`.
+    pub name_header: HeaderValue,
+    /// The value of `X-data-parallel-rank`; `None` where the instance has one rank only.
+    pub rank_header: Option<HeaderValue>,
+    /// How far its overlaps can be believed, 0 to 1.
+    pub trust: f64,
+}
+
+impl Table {
+    /// The table of `view`; connections of instances that were in `before` are kept.
+    pub(crate) fn new(view: Arc<FleetView>, before: &Self, metrics: &Metrics) -> Self {
+        let upstreams = view
+            .instances
+            .iter()
+            .filter_map(|instance| {
+                let kept = before.upstream(instance.id).map(|u| (Arc::clone(&u.pool), u.metrics.clone()));
+                let (pool, counters) = match kept {
+                    Some(kept) => kept,
+                    None => (Pool::new(instance.base.authority()?), metrics.worker(instance.name())),
+                };
+                Some(Arc::new(Upstream::new(instance, pool, counters)))
+            })
+            .collect();
+        Self { view, upstreams }
+    }
+
+    /// The engine of this id.
+    pub(crate) fn upstream(&self, id: InstanceId) -> Option<&Arc<Upstream>> {
+        self.upstreams.binary_search_by_key(&id, |u| u.id).ok().map(|at| &self.upstreams[at])
+    }
+
+    /// Every engine, whatever its health.
+    pub(crate) fn upstreams(&self) -> &[Arc<Upstream>] {
+        &self.upstreams
+    }
+
+    /// The name of a worker in headers and JSON; its number where it is not known.
+    pub(crate) fn worker_name(&self, worker: Worker) -> String {
+        self.upstream(worker.instance)
+            .and_then(|u| u.rank(worker.rank))
+            .map_or_else(|| worker.to_string(), |rank| rank.name.clone())
+    }
+}
+
+impl Upstream {
+    fn new(instance: &Instance, pool: Arc<Pool>, metrics: WorkerMetrics) -> Self {
+        let name = instance.name().to_owned();
+        let several = instance.ranks.len() > 1;
+        let ranks = instance
+            .ranks
+            .iter()
+            .map(|rank| {
+                let number = rank.worker.rank;
+                let name = if several { format!("{name}/{number}") } else { name.clone() };
+                RankFacts {
+                    worker: rank.worker,
+                    name_header: HeaderValue::from_str(&name)
+                        .expect("an authority has no bytes that a header may not have"),
+                    name,
+                    rank_header: several.then(|| HeaderValue::from(number)),
+                    trust: trust(&rank.trust),
+                }
+            })
+            .collect();
+        let facts = instance.facts.as_ref();
+        let mut profile = Profile::new(facts.map_or(1, |f| f.block_size.tokens()));
+        profile.limits = EngineLimits {
+            kv_blocks: facts.and_then(|f| f.capacity_blocks).and_then(|b| u32::try_from(b).ok()),
+            ..EngineLimits::default()
+        };
+        let prefix = instance.base.path().trim_end_matches('/').to_owned();
+        Self { id: instance.id, name, prefix, pool, metrics, profile, ranks }
+    }
+
+    /// The facts of one rank.
+    pub(crate) fn rank(&self, rank: u32) -> Option<&RankFacts> {
+        self.ranks.get(rank as usize).filter(|facts| facts.worker.rank == rank)
+    }
+}
+
+/// Nothing in the index is false while a hole is being filled, only missing; so only a stream that is known to be out of step
+/// is believed less.
+fn trust(trust: &Trust) -> f64 {
+    match trust {
+        Trust::Live | Trust::Blind(_) | Trust::Replaying | Trust::Rebuilding(_) => 1.0,
+        Trust::Degraded(_) => 0.5,
+    }
+}
