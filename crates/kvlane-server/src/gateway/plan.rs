@@ -14,6 +14,7 @@ use kvlane_prompt::{Endpoint, RequestFields};
 use kvlane_sched::{Candidate, Decision, OverlapTokens, Pin, Reject, Request, RequestId};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
+use xxhash_rust::xxh3::xxh3_64;
 
 /// Blocks that running requests share are counted by ids that stand for at least so many tokens: finer ones cost the ledger time and tell
 /// it nothing.
@@ -48,6 +49,8 @@ pub(crate) struct Plan {
     /// Tokens of all its prompts.
     prompt_tokens: Option<u32>,
     prompt_bytes: u64,
+    /// Stands for the model in what the scheduler learns.
+    model: u64,
     max_output_tokens: Option<u32>,
     pinned: Option<Pin>,
     session: Option<u64>,
@@ -95,15 +98,13 @@ impl Gateway {
             tokens: tokenized.from,
             prompt_tokens,
             prompt_bytes: ask.body_bytes as u64,
+            model: ask.fields.and_then(|f| f.model.as_deref()).map_or(0, |m| xxh3_64(m.as_bytes())),
             max_output_tokens: ask
                 .fields
                 .and_then(|f| f.max_tokens)
                 .map(|n| u32::try_from(n).unwrap_or(u32::MAX)),
             pinned,
-            session: ask
-                .fields
-                .and_then(|f| f.session_id.as_deref())
-                .map(|id| xxhash_rust::xxh3::xxh3_64(id.as_bytes())),
+            session: ask.fields.and_then(|f| f.session_id.as_deref()).map(|id| xxh3_64(id.as_bytes())),
             ledger_ids: Vec::new(),
             ledger_id_tokens: 0,
             unaudited: match ask.fields {
@@ -310,6 +311,7 @@ impl Plan {
     fn request(&self, id: RequestId) -> Request<'_> {
         Request {
             id,
+            model: self.model,
             prompt_tokens: self.prompt_tokens,
             prompt_bytes: self.prompt_bytes,
             expected_output_tokens: None,
