@@ -17,6 +17,7 @@
 mod chat;
 mod error;
 mod model;
+mod prefix_cache;
 pub mod remote;
 mod request;
 mod template;
@@ -24,4 +25,5 @@ mod tokenizer;
 
 pub use error::{BadRequest, Expected, LoadError, PromptError, Unroutable};
 pub use model::{ContentFormat, ModelPrompt, Prompt, PromptConfig};
+pub use prefix_cache::CacheStats;
 pub use request::{Endpoint, RequestFields};

@@ -2,14 +2,15 @@
 
 use crate::chat::{self, ChatInputs};
 use crate::error::{LoadError, PromptError, Unroutable};
+use crate::prefix_cache::CacheStats;
 use crate::request::{Endpoint, PromptInput, RequestFields, prompt_inputs};
 use crate::template::ChatTemplates;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Encoded, Tokenizer};
 use serde_json::{Map, Value as Json};
 use std::path::Path;
 
 /// How the engines of a model are set up, as far as it changes prompts. The default is an engine's default.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct PromptConfig {
     /// The engine's `--chat-template`: the template's text, in place of the model's own.
     pub chat_template: Option<String>,
@@ -21,6 +22,21 @@ pub struct PromptConfig {
     pub exclude_tools_when_tool_choice_none: bool,
     /// The engine's context length in tokens; `None` = not known, so that nothing is too long.
     pub max_model_len: Option<u32>,
+    /// Most bytes to keep of texts and their tokens, so that a known conversation costs its new text only; 0 = keep none.
+    pub cache_bytes: usize,
+}
+
+impl Default for PromptConfig {
+    fn default() -> Self {
+        Self {
+            chat_template: None,
+            content_format: None,
+            default_template_kwargs: Map::new(),
+            exclude_tools_when_tool_choice_none: false,
+            max_model_len: None,
+            cache_bytes: 256 << 20,
+        }
+    }
 }
 
 /// How a message's content reaches the template.
@@ -37,6 +53,8 @@ pub enum ContentFormat {
 pub struct Prompt {
     /// The token ids that the engine will see, special tokens included.
     pub tokens: Vec<u32>,
+    /// How many of the leading tokens were known before: their text cost a look-up, not a tokenization.
+    pub known_tokens: usize,
 }
 
 /// One model's tokenizer and chat template. Shared by all threads.
@@ -59,7 +77,7 @@ impl ModelPrompt {
             (path.parent().map(Path::to_path_buf).unwrap_or_default(), path.to_path_buf())
         };
         let settings = crate::tokenizer::TokenizerConfig::load(&dir)?;
-        let tokenizer = Tokenizer::load(&file, &settings)?;
+        let tokenizer = Tokenizer::load(&file, &settings, config.cache_bytes)?;
         let templates = ChatTemplates::load(&dir, &settings, &config)?;
         Ok(Self { tokenizer, templates, config })
     }
@@ -113,7 +131,7 @@ impl ModelPrompt {
             .map(|input| match input {
                 PromptInput::Text(text) if text.is_empty() => Err(Unroutable::Rejected.into()),
                 PromptInput::Text(text) => self.tokenize(request, &text, special),
-                PromptInput::Tokens(tokens) => self.fit(request, tokens),
+                PromptInput::Tokens(tokens) => self.fit(request, Encoded { tokens, known: 0 }),
             })
             .collect()
     }
@@ -140,8 +158,8 @@ impl ModelPrompt {
                 _ => {}
             }
         }
-        let tokens = self.tokenizer.encode(text, special, early)?;
-        self.fit(request, tokens)
+        let encoded = self.tokenizer.encode(text, special, early)?;
+        self.fit(request, encoded)
     }
 
     /// Most tokens of the prompt to keep, if the request asks for truncation.
@@ -155,18 +173,26 @@ impl ModelPrompt {
     }
 
     /// Truncates, by default to the last tokens, and refuses what is still too long.
-    fn fit(&self, request: &RequestFields, mut tokens: Vec<u32>) -> Result<Prompt, PromptError> {
+    fn fit(&self, request: &RequestFields, encoded: Encoded) -> Result<Prompt, PromptError> {
+        let Encoded { mut tokens, mut known } = encoded;
         if let Some(limit) = self.limit(request).filter(|&limit| limit < tokens.len()) {
             if request.truncate_left.unwrap_or(true) {
                 tokens.drain(..tokens.len() - limit);
+                known = 0;
             } else {
                 tokens.truncate(limit);
+                known = known.min(limit);
             }
         }
         if self.config.max_model_len.is_some_and(|max| tokens.len() > max as usize) {
             return Err(Unroutable::TooLong.into());
         }
-        Ok(Prompt { tokens })
+        Ok(Prompt { tokens, known_tokens: known })
+    }
+
+    /// Counts of what is kept of texts and their tokens.
+    pub fn cache_stats(&self) -> CacheStats {
+        self.tokenizer.cache_stats()
     }
 }
 

@@ -5,6 +5,7 @@
 mod classes;
 
 use crate::error::{LoadError, Unroutable};
+use crate::prefix_cache::{CacheStats, Cuts, PrefixCache};
 use classes::Class;
 use serde_json::{Map, Value as Json};
 use std::path::Path;
@@ -84,10 +85,25 @@ pub(crate) struct Tokenizer {
     after: Vec<u32>,
     /// Characters of the vocabulary's longest entry.
     max_chars_per_token: usize,
+    cuts: Cuts,
+    cache: Option<PrefixCache>,
+}
+
+/// A text's token ids.
+#[derive(Debug)]
+pub(crate) struct Encoded {
+    pub(crate) tokens: Vec<u32>,
+    /// How many of the leading ones were known before.
+    pub(crate) known: usize,
 }
 
 impl Tokenizer {
-    pub(crate) fn load(path: &Path, settings: &TokenizerConfig) -> Result<Self, LoadError> {
+    /// Reads a `tokenizer.json`; what it has tokenized is kept in at most `cache_bytes` (0 = not at all).
+    pub(crate) fn load(
+        path: &Path,
+        settings: &TokenizerConfig,
+        cache_bytes: usize,
+    ) -> Result<Self, LoadError> {
         let malformed =
             |e: tokenizers::Error| LoadError::Malformed { path: path.to_path_buf(), problem: e.to_string() };
         let bytes =
@@ -105,7 +121,10 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(malformed)?;
         let (before, after) = frame(&inner).map_err(malformed)?;
         let max_chars_per_token = inner.get_vocab(true).keys().map(|t| t.chars().count()).max().unwrap_or(1);
-        Ok(Self { inner, before, after, max_chars_per_token })
+        let added: Vec<_> = inner.get_added_tokens_decoder().into_iter().collect();
+        let cuts = Cuts::new(&added);
+        let cache = (cache_bytes > 0).then(|| PrefixCache::new(cache_bytes));
+        Ok(Self { inner, before, after, max_chars_per_token, cuts, cache })
     }
 
     /// The most characters that `tokens` tokens can stand for, as the engine reckons.
@@ -120,15 +139,39 @@ impl Tokenizer {
         text: &str,
         add_special_tokens: bool,
         limit: Option<usize>,
-    ) -> Result<Vec<u32>, Unroutable> {
-        let encoding = self.inner.encode_fast(text, false).map_err(|_| Unroutable::TokenizerFailed)?;
-        let mut content = encoding.get_ids();
+    ) -> Result<Encoded, Unroutable> {
+        let (mut content, known) = match &self.cache {
+            Some(cache) => cache.tokens(&self.cuts, text, |text| self.encode_content(text))?,
+            None => (self.encode_content(text)?, 0),
+        };
         let (before, after): (&[u32], &[u32]) =
             if add_special_tokens { (&self.before, &self.after) } else { (&[], &[]) };
-        if let Some(room) = limit.and_then(|limit| limit.checked_sub(before.len() + after.len())) {
-            content = &content[content.len().saturating_sub(room)..];
+        let room = limit.and_then(|limit| limit.checked_sub(before.len() + after.len()));
+        if let Some(surplus) = room.and_then(|room| content.len().checked_sub(room)).filter(|&n| n > 0) {
+            content.drain(..surplus);
+            return Ok(Encoded { tokens: [before, &content, after].concat(), known: 0 });
         }
-        Ok([before, content, after].concat())
+        if !before.is_empty() {
+            content.splice(..0, before.iter().copied());
+        }
+        content.extend_from_slice(after);
+        Ok(Encoded { tokens: content, known: if known > 0 { before.len() + known } else { 0 } })
+    }
+
+    /// The token ids of `text` alone, tokenized afresh.
+    pub(crate) fn encode_content(&self, text: &str) -> Result<Vec<u32>, Unroutable> {
+        let encoding = self.inner.encode_fast(text, false).map_err(|_| Unroutable::TokenizerFailed)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Counts of the cache; all zero without one.
+    pub(crate) fn cache_stats(&self) -> CacheStats {
+        self.cache.as_ref().map(PrefixCache::stats).unwrap_or_default()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn cuts(&self) -> &Cuts {
+        &self.cuts
     }
 }
 

@@ -1,0 +1,284 @@
+//! What is known already of a text's tokens: a conversation is tokenized once, however often it comes back.
+//!
+//! # Where a text may be cut
+//!
+//! A tokenizer first finds its added tokens in the raw text, leftmost and longest first; what lies between two of them is
+//! normalized, pre-tokenized and encoded by itself. So the tokens up to the end of an added token's match do not depend on
+//! what follows, and those after it depend on what precedes only through that one token. [`Cuts`] repeats
+//! the first step and cuts after matches; each segment is then tokenized behind the token that ended the one before, whose own id is
+//! dropped again. That keeps every influence across the cut that tokenizers know: stripped blanks, "single word"
+//! checks, and a prefix that only the first word gets. Left out as cuts are tokens matched after normalization (their
+//! matches are not in the raw text) and single-word tokens (whether they match depends on the next character).
+//!
+//! Chat templates end every message with such a token. A text without any is one segment: known again only as a whole.
+//!
+//! # What is kept
+//!
+//! Segments, by content, not conversations: forks, edits and retries share what they have in common, and a system
+//! prompt is held once. The text is kept with the tokens and compared, so equal hashes cannot mix two texts up.
+//! Recently used segments stay (second chance); the bound counts text, tokens and a segment's own overhead.
+//!
+//! # Consistency
+//!
+//! Shared by all threads. Shards are by content; a hit takes a shard's lock shared, for a look-up and an `Arc` clone, and the texts are
+//! compared after it is released. Two threads that miss the same segment both tokenize it; the later one's entry stays.
+
+use crate::error::Unroutable;
+use aho_corasick::{AhoCorasick, MatchKind};
+use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+/// Shortest segment, in bytes: below it a look-up costs as much as it saves.
+const MIN_SEGMENT_BYTES: usize = 64;
+
+/// What a segment costs besides its text and tokens: entry, map slot, ring slot.
+const SEGMENT_OVERHEAD_BYTES: usize = 160;
+
+/// Independent locks. A power of two.
+const SHARDS: usize = 32;
+
+/// A token after which a text may be cut.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct CutToken {
+    pub(crate) id: u32,
+    pub(crate) text: String,
+}
+
+/// Finds where a text may be cut.
+#[derive(Debug)]
+pub(crate) struct Cuts {
+    /// All added tokens that are matched in raw text; those that are no cuts still take their place.
+    finder: Option<AhoCorasick>,
+    /// For each pattern of the finder, the token if it is a cut.
+    tokens: Vec<Option<CutToken>>,
+}
+
+impl Cuts {
+    /// The cuts of a tokenizer with these added tokens.
+    pub(crate) fn new(added: &[(u32, tokenizers::AddedToken)]) -> Self {
+        let raw: Vec<_> = added.iter().filter(|(_, t)| !t.normalized && !t.content.is_empty()).collect();
+        let tokens = raw
+            .iter()
+            .map(|(id, t)| (!t.single_word).then(|| CutToken { id: *id, text: t.content.clone() }))
+            .collect();
+        let finder = AhoCorasick::builder()
+            .match_kind(MatchKind::LeftmostLongest)
+            .build(raw.iter().map(|(_, t)| &t.content))
+            .ok();
+        Self { finder, tokens }
+    }
+
+    /// The segments of `text`, in order and without gaps, each with the token that ended the one before it.
+    fn segments<'t>(&'t self, text: &'t str) -> impl Iterator<Item = (Option<&'t CutToken>, &'t str)> {
+        let mut matches = self.finder.as_ref().map(|finder| finder.find_iter(text));
+        let mut start = 0;
+        let mut before = None;
+        std::iter::from_fn(move || {
+            for found in matches.as_mut()? {
+                let Some(token) = &self.tokens[found.pattern().as_usize()] else { continue };
+                if found.end() - start >= MIN_SEGMENT_BYTES {
+                    let segment = (before, &text[start..found.end()]);
+                    (start, before) = (found.end(), Some(token));
+                    return Some(segment);
+                }
+            }
+            matches = None;
+            (start < text.len()).then(|| (before, &text[start..]))
+        })
+    }
+}
+
+/// Counts of a [`PrefixCache`], from its start on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct CacheStats {
+    /// Bytes held now.
+    pub bytes: u64,
+    /// Segments held now.
+    pub segments: u64,
+    /// Bytes of text whose tokens were known.
+    pub hit_bytes: u64,
+    /// Bytes of text that had to be tokenized.
+    pub miss_bytes: u64,
+    /// Segments dropped to make room.
+    pub evicted: u64,
+}
+
+/// Tokens of known segments of text. See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct PrefixCache {
+    shards: Box<[RwLock<Shard>]>,
+    /// Most bytes in one shard.
+    shard_bytes: usize,
+    hit_bytes: AtomicU64,
+    miss_bytes: AtomicU64,
+    evicted: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    by_hash: HashMap<u64, Arc<Segment>, BuildHasherDefault<Identity>>,
+    /// Every hash once, oldest first; a segment in use goes to the back again instead of out.
+    ring: VecDeque<u64>,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct Segment {
+    before: Option<u32>,
+    text: Box<str>,
+    tokens: Box<[u32]>,
+    used: AtomicBool,
+}
+
+impl Segment {
+    fn bytes(&self) -> usize {
+        self.text.len() + size_of_val(&*self.tokens) + SEGMENT_OVERHEAD_BYTES
+    }
+}
+
+impl PrefixCache {
+    /// An empty cache that holds at most `bytes`.
+    pub(crate) fn new(bytes: usize) -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| RwLock::default()).collect(),
+            shard_bytes: bytes / SHARDS,
+            hit_bytes: AtomicU64::new(0),
+            miss_bytes: AtomicU64::new(0),
+            evicted: AtomicU64::new(0),
+        }
+    }
+
+    /// The tokens of `text`, and how many of the leading ones were known. `encode` tokenizes what is not: the text of a
+    /// segment, which begins with the given token if there is one.
+    pub(crate) fn tokens(
+        &self,
+        cuts: &Cuts,
+        text: &str,
+        mut encode: impl FnMut(&str) -> Result<Vec<u32>, Unroutable>,
+    ) -> Result<(Vec<u32>, usize), Unroutable> {
+        let mut tokens = Vec::with_capacity(text.len() / 3);
+        let (mut known, mut all_known) = (0, true);
+        let (mut hit_bytes, mut miss_bytes) = (0, 0);
+        for (before, segment) in cuts.segments(text) {
+            let id = before.map(|token| token.id);
+            let hash = xxh3_64_with_seed(segment.as_bytes(), id.map_or(0, |id| u64::from(id) + 1));
+            if let Some(found) = self.get(hash, id, segment) {
+                tokens.extend_from_slice(&found.tokens);
+                hit_bytes += segment.len();
+                if all_known {
+                    known = tokens.len();
+                }
+                continue;
+            }
+            all_known = false;
+            miss_bytes += segment.len();
+            let start = tokens.len();
+            match before {
+                None => tokens.extend(encode(segment)?),
+                Some(token) => {
+                    let encoded = encode(&[&token.text, segment].concat())?;
+                    let (first, rest) = encoded.split_first().ok_or(Unroutable::TokenizerFailed)?;
+                    debug_assert_eq!(*first, token.id, "an added token at the start of a text is one token");
+                    tokens.extend_from_slice(rest);
+                }
+            }
+            self.insert(hash, id, segment, &tokens[start..]);
+        }
+        self.hit_bytes.fetch_add(hit_bytes as u64, Ordering::Relaxed);
+        self.miss_bytes.fetch_add(miss_bytes as u64, Ordering::Relaxed);
+        Ok((tokens, known))
+    }
+
+    pub(crate) fn stats(&self) -> CacheStats {
+        let mut stats = CacheStats {
+            hit_bytes: self.hit_bytes.load(Ordering::Relaxed),
+            miss_bytes: self.miss_bytes.load(Ordering::Relaxed),
+            evicted: self.evicted.load(Ordering::Relaxed),
+            ..CacheStats::default()
+        };
+        for shard in &self.shards {
+            let shard = shard.read().unwrap_or_else(PoisonError::into_inner);
+            stats.bytes += shard.bytes as u64;
+            stats.segments += shard.by_hash.len() as u64;
+        }
+        stats
+    }
+
+    /// The high bits choose the shard, the map inside it goes by the low ones.
+    fn shard(&self, hash: u64) -> &RwLock<Shard> {
+        &self.shards[(hash >> 32) as usize % SHARDS]
+    }
+
+    fn get(&self, hash: u64, before: Option<u32>, text: &str) -> Option<Arc<Segment>> {
+        let found = {
+            let shard = self.shard(hash).read().unwrap_or_else(PoisonError::into_inner);
+            shard.by_hash.get(&hash)?.clone()
+        };
+        if found.before != before || *found.text != *text {
+            return None;
+        }
+        // Only the first use since the last sweep writes, so that a hot segment is not passed between caches.
+        if !found.used.load(Ordering::Relaxed) {
+            found.used.store(true, Ordering::Relaxed);
+        }
+        Some(found)
+    }
+
+    fn insert(&self, hash: u64, before: Option<u32>, text: &str, tokens: &[u32]) {
+        let segment = Arc::new(Segment {
+            before,
+            text: text.into(),
+            tokens: tokens.into(),
+            used: AtomicBool::new(false),
+        });
+        let bytes = segment.bytes();
+        // One text must not push out all others.
+        if bytes > self.shard_bytes / 2 {
+            return;
+        }
+        let mut evicted = 0;
+        let mut shard = self.shard(hash).write().unwrap_or_else(PoisonError::into_inner);
+        match shard.by_hash.insert(hash, segment) {
+            Some(replaced) => shard.bytes -= replaced.bytes(),
+            None => shard.ring.push_back(hash),
+        }
+        shard.bytes += bytes;
+        while shard.bytes > self.shard_bytes {
+            let oldest = shard.ring.pop_front().expect("a shard over its bound holds a segment");
+            let segment = &shard.by_hash[&oldest];
+            if oldest == hash || segment.used.swap(false, Ordering::Relaxed) {
+                shard.ring.push_back(oldest);
+                continue;
+            }
+            shard.bytes -= segment.bytes();
+            shard.by_hash.remove(&oldest);
+            evicted += 1;
+        }
+        drop(shard);
+        self.evicted.fetch_add(evicted, Ordering::Relaxed);
+    }
+}
+
+/// The key is a hash already.
+#[derive(Default)]
+struct Identity(u64);
+
+impl Hasher for Identity {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("keys are u64");
+    }
+
+    fn write_u64(&mut self, hash: u64) {
+        self.0 = hash;
+    }
+}
+
+#[cfg(test)]
+mod tests;
