@@ -103,7 +103,7 @@ class Suite:
         self.failures = []
         self.passed = 0
         self.reset_pending = set()
-        self.systems = [f"system {i}: " + self.text(120 + 40 * i) for i in range(5)]
+        self.systems = [f"system {i}: " + self.text(120 + 40 * i) for i in range(4)]
         self.chats = []
 
     def text(self, words):
@@ -189,14 +189,14 @@ class Suite:
         self.one("shared system prompt", lambda: self.chat(messages))
 
     def token_ids(self):
-        rng = random.Random(self.random.randrange(6))
-        prompt = [rng.randrange(10, 4000) for _ in range(rng.randrange(100, 500))]
-        prompt += [self.random.randrange(10, 4000) for _ in range(self.random.randrange(0, 80))]
+        rng = random.Random(self.random.randrange(3))
+        prompt = [rng.randrange(10, 2000) for _ in range(rng.randrange(100, 500))]
+        prompt += [self.random.randrange(10, 2000) for _ in range(self.random.randrange(0, 80))]
         self.one("token ids", lambda: self.completion(prompt))
 
     def text_prompt(self):
-        rng = random.Random(100 + self.random.randrange(6))
-        prompt = " ".join(rng.choice(WORDS) for _ in range(200)) + " " + self.text(5)
+        rng = random.Random(100 + self.random.randrange(3))
+        prompt = " ".join(rng.choice(WORDS) for _ in range(150)) + " " + self.text(5)
         self.one("text completion", lambda: self.completion(prompt))
 
     def lora(self):
@@ -225,8 +225,8 @@ class Suite:
             self.one("cache reset", lambda m=messages: self.chat(m))
 
     def sequential(self, count):
-        steps = [(self.turn, 30), (lambda: self.turn("streaming", stream=True), 16), (self.shared_system, 16), (self.token_ids, 12),
-                 (self.text_prompt, 8), (self.lora, 10), (self.salted, 8), (self.eviction, 4), (self.reset, 2)]
+        steps = [(self.turn, 34), (lambda: self.turn("streaming", stream=True), 18), (self.shared_system, 18), (self.token_ids, 10),
+                 (self.text_prompt, 7), (self.lora, 10), (self.salted, 9), (self.eviction, 6), (self.reset, 1.5)]
         while sum(self.kinds.values()) < count:
             self.random.choices([s for s, _ in steps], [w for _, w in steps])[0]()
 
@@ -242,7 +242,7 @@ class Suite:
         before = len(self.failures)
         for i in range(30):
             # New system prompts as well, so that the empty engine is chosen too.
-            messages = [{"role": "system", "content": self.text(100) if i % 3 == 0 else self.systems[i % 5]}, {"role": "user", "content": self.text(9)}]
+            messages = [{"role": "system", "content": self.text(100) if i % 3 == 0 else self.systems[i % 4]}, {"role": "user", "content": self.text(9)}]
             self.one("engine restarted", lambda m=messages: self.chat(m))
             self.turn("engine restarted")
         print(f"after the restart: {60 - (len(self.failures) - before)} of 60 equal, from 2 s after the engine was healthy")

@@ -178,6 +178,7 @@ fn answer(mut inflight: InFlight, exchange: Exchange, first: Option<Frame<Bytes>
         scanner: (readable && !encoded && head.status.is_success()).then(|| UsageScanner::new(event_stream)),
         event_stream,
         at_event_end: true,
+        done: false,
         last_word: None,
         heard: Instant::now(),
         alarm: None,
@@ -200,6 +201,8 @@ pub(crate) struct Forwarded {
     event_stream: bool,
     /// The bytes so far end with a blank line.
     at_event_end: bool,
+    /// The stream's last event has passed: whoever leaves now has everything.
+    done: bool,
     /// An error event that the client is still to get.
     last_word: Option<Bytes>,
     /// When the engine last sent something.
@@ -220,6 +223,7 @@ impl Forwarded {
             self.inflight.piece();
             // A cut between the two line ends is taken for the middle of an event: one more blank line harms nobody.
             self.at_event_end = data.ends_with(b"\n\n") || data.ends_with(b"\r\n\r\n");
+            self.done = data.trim_ascii_end().ends_with(b"data: [DONE]");
         }
     }
 
@@ -313,8 +317,10 @@ impl Body for Forwarded {
 
 impl Drop for Forwarded {
     fn drop(&mut self) {
-        // Whoever serves a body of known length does not ask for the end after its last byte.
-        if self.first.is_none() && self.engine.as_ref().is_some_and(Body::is_end_stream) {
+        // Whoever serves a body of known length does not ask for the end after its last byte, and many clients close a stream at
+        // `[DONE]`, before the end of its last chunk.
+        let whole = self.done || self.engine.as_ref().is_some_and(Body::is_end_stream);
+        if self.first.is_none() && whole {
             self.complete();
         }
     }
