@@ -81,6 +81,8 @@ pub(crate) enum Cause {
     EventsMissing,
     /// The engine counts another length of prompt: it does not see the tokens that were computed here.
     TokensDiffer,
+    /// The engine stored other blocks than were computed here.
+    BlocksDiffer,
     /// None of the above.
     Mismatch,
 }
@@ -96,6 +98,7 @@ impl Cause {
             Self::ResetNotAnnounced => "reset_not_yet_announced",
             Self::EventsMissing => "events_missing",
             Self::TokensDiffer => "tokens_differ",
+            Self::BlocksDiffer => "blocks_differ",
             Self::Mismatch => "mismatch",
         }
     }
@@ -169,6 +172,8 @@ pub(crate) trait Witness: Send + 'static {
     fn evidence(&self, worker: Worker) -> Evidence;
     /// Tokens of the request's prompt that the index now confirms at the worker.
     fn confirmed_tokens(&self, case: &Case) -> u32;
+    /// A case was settled.
+    fn found(&mut self, case: &Case, cause: Cause);
 }
 
 /// A comparison that is not exact and not settled.
@@ -192,6 +197,30 @@ pub(crate) struct Case {
     pub actual_prompt_tokens: Option<u64>,
     /// When the response ended.
     pub since: Instant,
+    /// The result is settled, and only looked at again to see that the engine's events hold the prompt's blocks.
+    pub proof: bool,
+}
+
+impl Case {
+    fn differs_in_length(&self) -> bool {
+        self.actual_prompt_tokens.is_some_and(|n| n != u64::from(self.prediction.prompt_tokens))
+    }
+}
+
+/// What speaks against the tokens of a request whose result was as predicted: an engine has stored every whole block of a prompt
+/// by the end of the answer, so an index that does not hold them was told of others.
+fn disproof(case: &Case, waited: Duration, witness: &impl Witness) -> Option<Option<Cause>> {
+    if case.differs_in_length() {
+        return Some(Some(Cause::TokensDiffer));
+    }
+    let now = witness.evidence(case.worker);
+    let undisturbed = now.complete && Evidence { complete: true, ..case.before } == now;
+    let block_size = case.blocks.as_ref().map_or(1, |b| b.block_size);
+    let whole = case.prediction.prompt_tokens.saturating_sub(1) / block_size * block_size;
+    if !undisturbed || witness.confirmed_tokens(case) >= whole {
+        return Some(None);
+    }
+    (waited >= SETTLE_MAX).then_some(Some(Cause::BlocksDiffer))
 }
 
 /// Why the engine's count differs, if that is known after `waited`. At [`SETTLE_MAX`] there is always an answer.
@@ -202,7 +231,7 @@ fn cause(case: &Case, waited: Duration, witness: &impl Witness) -> Option<Cause>
     if over && (now.epoch != before.epoch || now.cleared != before.cleared) {
         return Some(Cause::ResetNotAnnounced);
     }
-    if case.actual_prompt_tokens.is_some_and(|n| n != u64::from(prediction.prompt_tokens)) {
+    if case.differs_in_length() {
         return Some(Cause::TokensDiffer);
     }
     if !over && prediction.placed_tokens >= *actual {
@@ -239,17 +268,20 @@ impl Auditor {
         (Self { unsettled: sender }, settle(receiver, metrics, witness))
     }
 
-    /// Takes a comparison that is not exact.
+    /// Takes a comparison that is not exact, or one to prove.
     pub(crate) fn settle(&self, case: Case, metrics: &Metrics) {
         if let Err(full) = self.unsettled.try_send(case) {
             let case = full.into_inner();
+            if case.proof {
+                return;
+            }
             let reason = "too-many-unsettled";
             finish(&case, Verdict::Unaudited { actual: Some(case.actual), reason }, metrics);
         }
     }
 }
 
-async fn settle<W: Witness>(mut unsettled: mpsc::Receiver<Case>, metrics: Arc<Metrics>, witness: W) {
+async fn settle<W: Witness>(mut unsettled: mpsc::Receiver<Case>, metrics: Arc<Metrics>, mut witness: W) {
     let mut waiting: Vec<Case> = Vec::new();
     loop {
         let open = if waiting.is_empty() {
@@ -263,12 +295,20 @@ async fn settle<W: Witness>(mut unsettled: mpsc::Receiver<Case>, metrics: Arc<Me
         {
             waiting.push(case);
         }
-        waiting.retain(|case| match cause(case, case.since.elapsed(), &witness) {
-            None => true,
-            Some(cause) => {
+        waiting.retain(|case| {
+            let waited = case.since.elapsed();
+            let found = if case.proof {
+                let Some(found) = disproof(case, waited, &witness) else { return true };
+                found
+            } else {
+                let Some(cause) = cause(case, waited, &witness) else { return true };
                 finish(case, Verdict::Inexact { actual: case.actual, cause }, &metrics);
-                false
+                Some(cause)
+            };
+            if let Some(cause) = found {
+                witness.found(case, cause);
             }
+            false
         });
         if !open && waiting.is_empty() {
             return;

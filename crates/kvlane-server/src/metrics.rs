@@ -182,7 +182,7 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    /// All at zero, with `collectors` for what is counted elsewhere.
+    /// All at zero.
     pub(crate) fn new() -> Self {
         let mut registry = Registry::with_prefix("kvlane");
         let r = &mut registry;
@@ -243,10 +243,13 @@ impl Metrics {
         self.audits.get_or_create(&Audits { result, cause }).inc();
     }
 
-    /// The text that Prometheus reads.
-    pub(crate) fn text(&self) -> String {
+    /// The text that Prometheus reads: these figures and those of `others`.
+    pub(crate) fn text(&self, others: &Registry) -> String {
+        use prometheus_client::encoding::text::{encode_eof, encode_registry};
         let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &self.registry)
+        encode_registry(&mut text, &self.registry)
+            .and_then(|()| encode_registry(&mut text, others))
+            .and_then(|()| encode_eof(&mut text))
             .expect("writing to a string does not fail");
         text
     }
@@ -278,7 +281,7 @@ mod tests {
         for us in [10, 50, 51, 400_000_000] {
             metrics.routing.observe(Duration::from_micros(us));
         }
-        let text = metrics.text();
+        let text = metrics.text(&Registry::default());
         let counts: Vec<&str> = text
             .lines()
             .filter(|line| line.starts_with("kvlane_routing_seconds_bucket"))
@@ -292,7 +295,7 @@ mod tests {
     fn a_worker_has_its_series_before_its_first_request() {
         let metrics = Metrics::new();
         metrics.worker("a:1").outcome(Outcome::ClientGone);
-        let text = metrics.text();
+        let text = metrics.text(&Registry::default());
         assert!(text.contains("kvlane_requests_total{worker=\"a:1\",outcome=\"client_gone\"} 1"), "{text}");
         assert!(text.contains("kvlane_requests_total{worker=\"a:1\",outcome=\"ok\"} 0"), "{text}");
     }

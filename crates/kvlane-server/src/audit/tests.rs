@@ -19,12 +19,14 @@ impl Witness for Told {
     fn confirmed_tokens(&self, _case: &Case) -> u32 {
         self.confirmed
     }
+
+    fn found(&mut self, _case: &Case, _cause: Cause) {}
 }
 
 const CALM: Evidence = Evidence { epoch: 1, cleared: 0, removed_events: 5, complete: true };
 
-/// The cause of `actual` tokens where 64 were predicted of 200, 96 with placements and 128 with all tiers.
-fn check(actual: u32, now: Evidence, confirmed: u32, waited: Duration, want: Option<Cause>) {
+/// A request of 200 tokens where 64 were predicted, 96 with placements and 128 with all tiers.
+fn case(actual: u32) -> Case {
     let metrics = Metrics::new();
     let record = Arc::new(Record {
         id: Ring::new(1).next_id(),
@@ -39,7 +41,7 @@ fn check(actual: u32, now: Evidence, confirmed: u32, waited: Duration, want: Opt
         course: Mutex::default(),
         audit: std::sync::OnceLock::new(),
     });
-    let case = Case {
+    Case {
         record,
         metrics: metrics.worker("w"),
         worker: Worker::new(0, 0),
@@ -49,8 +51,13 @@ fn check(actual: u32, now: Evidence, confirmed: u32, waited: Duration, want: Opt
         actual,
         actual_prompt_tokens: Some(200),
         since: Instant::now(),
-    };
-    assert_eq!(cause(&case, waited, &Told { now, confirmed }), want, "{actual} after {waited:?}, {now:?}");
+        proof: false,
+    }
+}
+
+fn check(actual: u32, now: Evidence, confirmed: u32, waited: Duration, want: Option<Cause>) {
+    let found = cause(&case(actual), waited, &Told { now, confirmed });
+    assert_eq!(found, want, "{actual} after {waited:?}, {now:?}");
 }
 
 #[test]
@@ -85,4 +92,24 @@ fn what_nothing_explains_is_a_mismatch_in_the_end() {
     check(0, CALM, 0, SETTLE_MAX, Some(Cause::Mismatch));
     check(160, CALM, 0, SETTLE_MAX, Some(Cause::Mismatch));
     check(160, Evidence { complete: false, ..CALM }, 0, SETTLE_MAX, Some(Cause::EventsMissing));
+}
+
+#[test]
+fn blocks_that_the_engine_never_stored_speak_against_the_tokens() {
+    let check = |now, confirmed, waited, want| {
+        assert_eq!(
+            disproof(&case(64), waited, &Told { now, confirmed }),
+            want,
+            "{confirmed} after {waited:?}"
+        );
+    };
+    check(CALM, 199, Duration::ZERO, Some(None));
+    check(CALM, 64, Duration::ZERO, None);
+    check(CALM, 64, SETTLE_MAX, Some(Some(Cause::BlocksDiffer)));
+    // An eviction or a reset explains it, and an incomplete view proves nothing.
+    check(Evidence { removed_events: 6, ..CALM }, 64, SETTLE_MAX, Some(None));
+    check(Evidence { complete: false, ..CALM }, 64, SETTLE_MAX, Some(None));
+    let longer = Case { actual_prompt_tokens: Some(201), ..case(64) };
+    let told = Told { now: CALM, confirmed: 199 };
+    assert_eq!(disproof(&longer, Duration::ZERO, &told), Some(Some(Cause::TokensDiffer)));
 }

@@ -17,6 +17,11 @@ use std::time::Instant;
 /// Output is reported to the ledger once per so many pieces of a stream: the lock is shared by all requests.
 const OUTPUT_BATCH: u32 = 64;
 
+/// So many requests after the start have their tokens proven by the engine's events, then one in [`PROOF_EVERY`].
+const PROOF_FIRST: u64 = 16;
+/// See [`PROOF_FIRST`].
+const PROOF_EVERY: u64 = 64;
+
 /// A request that was booked and has not ended.
 #[derive(Debug)]
 pub(crate) struct InFlight {
@@ -169,28 +174,38 @@ impl InFlight {
             let audit = Audit { predicted_tokens, verdict };
             audit::conclude(&self.record, audit, &self.upstream.metrics, &self.gateway.metrics);
         };
+        let case = |prediction, actual, proof| Case {
+            record: Arc::clone(&self.record),
+            metrics: self.upstream.metrics.clone(),
+            worker: self.worker,
+            prediction,
+            before: *evidence,
+            blocks: blocks.clone(),
+            actual,
+            actual_prompt_tokens: self.usage.prompt_tokens,
+            since: Instant::now(),
+            proof,
+        };
         match (reason, *prediction, actual) {
             (None, Some(prediction), Some(actual)) if prediction.cached_tokens == actual => {
                 conclude(Verdict::Exact { actual });
+                if self.record.tokens == Tokens::Local && self.is_proof() {
+                    self.gateway.auditor.settle(case(prediction, actual, true), &self.gateway.metrics);
+                }
             }
             (None, Some(prediction), Some(actual)) => {
-                let case = Case {
-                    record: Arc::clone(&self.record),
-                    metrics: self.upstream.metrics.clone(),
-                    worker: self.worker,
-                    prediction,
-                    before: *evidence,
-                    blocks: blocks.clone(),
-                    actual,
-                    actual_prompt_tokens: self.usage.prompt_tokens,
-                    since: Instant::now(),
-                };
-                self.gateway.auditor.settle(case, &self.gateway.metrics);
+                self.gateway.auditor.settle(case(prediction, actual, false), &self.gateway.metrics);
             }
             (reason, ..) => {
                 conclude(Verdict::Unaudited { actual, reason: reason.unwrap_or("not-reported") });
             }
         }
+    }
+
+    /// Whether this is one of the requests whose tokens are proven by the engine's events.
+    fn is_proof(&self) -> bool {
+        let sequence = self.record.id.sequence;
+        sequence <= PROOF_FIRST || sequence.is_multiple_of(PROOF_EVERY)
     }
 }
 

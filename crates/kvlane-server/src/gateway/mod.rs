@@ -6,10 +6,12 @@
 
 mod admin;
 mod body;
+mod collect;
 mod error;
 mod forward;
 mod headers;
 mod inflight;
+mod parity;
 mod plan;
 mod prompts;
 mod routes;
@@ -27,7 +29,7 @@ use self::forward::Forwarded;
 use self::plan::Ask;
 use self::prompts::Prompts;
 use self::routes::{Route, route};
-use crate::audit::{Auditor, Case, Evidence, Witness};
+use crate::audit::{Auditor, Case, Cause, Evidence, Witness};
 use crate::explain::Ring;
 use crate::fleet::{Fleet, Trust};
 use crate::metrics::Metrics;
@@ -38,6 +40,7 @@ use hyper::body::Incoming;
 use kvlane_index::{BlockHash, Index, Overlaps, Worker};
 use kvlane_prompt::{Endpoint, RequestFields};
 use kvlane_sched::{Policy, Rng, Scheduler};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -48,6 +51,8 @@ pub(crate) type Response = hyper::Response<ResponseBody<Forwarded>>;
 
 /// Between two rounds of closing connections that were idle for too long.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
+/// Knowledge of a worker that proved false is not learnt anew more often than this.
+const DISTRUST_AGAIN: Duration = Duration::from_secs(30);
 
 /// The blocks of a prompt, and the index that knows who holds them. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -90,7 +95,7 @@ pub(crate) struct Gateway {
     pub(crate) fleet: Fleet,
     table: ArcSwap<Table>,
     desk: Mutex<Desk>,
-    prompts: Prompts,
+    prompts: Arc<Prompts>,
     explanations: Ring,
     auditor: Auditor,
     pub(crate) metrics: Arc<Metrics>,
@@ -106,16 +111,19 @@ impl Gateway {
     /// A gateway over `fleet`, with its background tasks, which end with `stop`.
     pub(crate) fn start(fleet: Fleet, config: GatewayConfig, stop: &CancellationToken) -> Arc<Self> {
         let metrics = Arc::new(Metrics::new());
-        let (auditor, settling) = Auditor::new(Arc::clone(&metrics), FleetWitness { fleet: fleet.clone() });
-        tokio::spawn(settling);
         let GatewayConfig { policy, tokenizer, max_body_bytes, allow_admin, seed } = config;
+        let prompts = Arc::new(Prompts::new(tokenizer));
+        let witness =
+            FleetWitness { fleet: fleet.clone(), prompts: Arc::clone(&prompts), distrusted: HashMap::new() };
+        let (auditor, settling) = Auditor::new(Arc::clone(&metrics), witness);
+        tokio::spawn(settling);
         let table = Table::new(fleet.snapshot(), &Table::default(), &metrics);
         let gateway = Arc::new(Self {
             fleet,
             table: ArcSwap::from_pointee(table),
             cache_aware: policy.needs_cache_knowledge(),
             desk: Mutex::new(Desk { scheduler: Scheduler::new(policy), rng: Rng::new(seed) }),
-            prompts: Prompts::new(tokenizer),
+            prompts,
             explanations: Ring::new((seed >> 32) as u32 ^ seed as u32),
             auditor,
             metrics,
@@ -147,10 +155,10 @@ impl Gateway {
         loop {
             let view = self.fleet.snapshot();
             changed.mark_unchanged();
-            let table = Table::new(Arc::clone(&view), &self.table.load(), &self.metrics);
-            self.table.store(Arc::new(table));
+            let table = Arc::new(Table::new(view, &self.table.load(), &self.metrics));
+            self.table.store(Arc::clone(&table));
             if self.cache_aware {
-                self.prompts.learn(&view).await;
+                self.prompts.learn(&table).await;
             }
             if changed.changed().await.is_err() {
                 return;
@@ -218,10 +226,10 @@ impl Gateway {
         let fields = match endpoint {
             Some(endpoint) => {
                 let parsed = RequestFields::parse(endpoint, body.clone());
-                Some(parsed.map_err(|bad| ClientError::bad_field(&bad))?)
+                Some(Arc::new(parsed.map_err(|bad| ClientError::bad_field(&bad))?))
             }
             // Whatever it is, it is the engine's business; only a model's name helps to find the right one.
-            None => RequestFields::parse(Endpoint::Other, body.clone()).ok(),
+            None => RequestFields::parse(Endpoint::Other, body.clone()).ok().map(Arc::new),
         };
         let ask = Ask {
             arrived,
@@ -236,10 +244,13 @@ impl Gateway {
     }
 }
 
-/// Asks the fleet on behalf of the audit.
+/// Asks the fleet on behalf of the audit, and tells it what the audit found.
 #[derive(Debug)]
 struct FleetWitness {
     fleet: Fleet,
+    prompts: Arc<Prompts>,
+    /// When each worker's knowledge was last given up.
+    distrusted: HashMap<Worker, Instant>,
 }
 
 impl FleetWitness {
@@ -259,6 +270,26 @@ impl FleetWitness {
 impl Witness for FleetWitness {
     fn evidence(&self, worker: Worker) -> Evidence {
         Self::of(&self.fleet, worker)
+    }
+
+    fn found(&mut self, case: &Case, cause: Cause) {
+        match cause {
+            Cause::TokensDiffer | Cause::BlocksDiffer => {
+                let view = self.fleet.snapshot();
+                let facts = view.instance(case.worker.instance).and_then(|i| i.facts.as_ref());
+                self.prompts.suspect(facts.map_or("", |f| f.base_model()));
+            }
+            // The index promised what the engine does not have, and no event explains it.
+            Cause::Mismatch if case.prediction.cached_tokens > case.actual => {
+                let last = self.distrusted.get(&case.worker);
+                if last.is_none_or(|last| last.elapsed() > DISTRUST_AGAIN) {
+                    tracing::warn!(worker = %case.worker, "the engine has less than its events say: learning its cache anew");
+                    self.distrusted.insert(case.worker, Instant::now());
+                    self.fleet.distrust(case.worker);
+                }
+            }
+            _ => {}
+        }
     }
 
     fn confirmed_tokens(&self, case: &Case) -> u32 {

@@ -34,7 +34,7 @@ pub(crate) struct Ask<'a> {
     /// The client's headers.
     pub headers: &'a HeaderMap,
     /// What its body says.
-    pub fields: Option<&'a RequestFields>,
+    pub fields: Option<&'a Arc<RequestFields>>,
     /// Length of its body.
     pub body_bytes: usize,
 }
@@ -124,7 +124,7 @@ impl Gateway {
     fn serving(
         &self,
         table: &Table,
-        fields: Option<&RequestFields>,
+        fields: Option<&Arc<RequestFields>>,
     ) -> Result<Vec<Arc<Instance>>, ClientError> {
         let view = &table.view;
         let healthy = || view.instances.iter().filter(|i| i.health.is_healthy());
@@ -169,7 +169,7 @@ impl Gateway {
     fn long_enough(
         &self,
         serving: Vec<Arc<Instance>>,
-        fields: Option<&RequestFields>,
+        fields: Option<&Arc<RequestFields>>,
         tokenized: &Tokenized,
     ) -> Result<Vec<Arc<Instance>>, ClientError> {
         let longest_prompt = tokenized.prompts.iter().map(|p| p.len() as u64).max().unwrap_or(0);
@@ -269,7 +269,7 @@ impl Gateway {
 
 impl Plan {
     /// Offers every rank of `serving`, with what it holds of `tokens`.
-    fn offer(&mut self, serving: &[Arc<Instance>], fields: Option<&RequestFields>, tokens: &[u32]) {
+    fn offer(&mut self, serving: &[Arc<Instance>], fields: Option<&Arc<RequestFields>>, tokens: &[u32]) {
         let mut looked_up: Vec<(Arc<Partition>, PromptBlocks, Overlaps)> = Vec::new();
         for instance in serving {
             let Some(upstream) = self.table.upstream(instance.id).map(Arc::clone) else { continue };
@@ -394,7 +394,7 @@ fn common_prefix(prompts: &[Arc<[u32]>]) -> Arc<[u32]> {
 }
 
 /// The context length of the model asked for; `None` = not known.
-fn context(instance: &Instance, fields: Option<&RequestFields>) -> Option<u64> {
+fn context(instance: &Instance, fields: Option<&Arc<RequestFields>>) -> Option<u64> {
     let facts = instance.facts.as_ref()?;
     let name = fields.and_then(|f| f.model.as_deref()).unwrap_or_else(|| facts.base_model());
     let model = instance.model(name)?;
@@ -402,7 +402,7 @@ fn context(instance: &Instance, fields: Option<&RequestFields>) -> Option<u64> {
     model.max_model_len.or_else(|| instance.model(model.parent.as_deref()?)?.max_model_len)
 }
 
-fn longest(serving: &[Arc<Instance>], fields: Option<&RequestFields>) -> u64 {
+fn longest(serving: &[Arc<Instance>], fields: Option<&Arc<RequestFields>>) -> u64 {
     serving.iter().filter_map(|i| context(i, fields)).max().unwrap_or(0)
 }
 
@@ -419,7 +419,7 @@ fn rank_pin(value: &hyper::header::HeaderValue) -> Result<Pin, ClientError> {
 fn prompt_blocks(
     partition: &Partition,
     instance: &Instance,
-    fields: Option<&RequestFields>,
+    fields: Option<&Arc<RequestFields>>,
     tokens: &[u32],
 ) -> Option<PromptBlocks> {
     let fields = fields?;

@@ -4,10 +4,11 @@
 //! `/tokenize` is asked. Short requests are tokenized where they are; long ones on the blocking pool, as many at a time as
 //! there are cores, so that a prompt of a megabyte delays nobody else.
 
-use super::Table;
+use super::parity::{Blame, Difference, Standing, first_difference};
 use super::upstream::SendError;
+use super::{Table, Upstream};
 use crate::explain::Tokens;
-use crate::fleet::{FleetView, Instance};
+use crate::fleet::Instance;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http_body::Body;
@@ -15,7 +16,9 @@ use http_body_util::Full;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
 use hyper::{Method, Request, StatusCode};
 use kvlane_prompt::remote::{RemotePrompt, parse_tokenize_response, tokenize_bodies};
-use kvlane_prompt::{BadRequest, ModelPrompt, PromptConfig, PromptError, RequestFields, Unroutable};
+use kvlane_prompt::{
+    BadRequest, Endpoint, ModelPrompt, PromptConfig, PromptError, RequestFields, Unroutable,
+};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 use std::collections::HashMap;
@@ -39,6 +42,15 @@ const ENGINE_ANSWER_BYTES_MAX: usize = 32 << 20;
 const ENGINE_CACHE_BYTES: u64 = 32 << 20;
 /// Prompts of one request that an engine is asked about; a larger batch is routed by load.
 const ENGINE_BATCH_MAX: usize = 16;
+/// Comparisons of local tokens with the engine's at a time; a sample beyond is not compared.
+const COMPARISONS_MAX: usize = 2;
+/// Texts that tokenizers and templates stumble over, compared before a model's first request.
+const FIRST_CHATS: [&str; 2] = [
+    r#"[{"role":"user","content":"Hello!"}]"#,
+    r#"[{"role":"system","content":" You help.\n"},{"role":"user","content":"Gr\u00fc\u00dfe, \u4f60\u597d \ud83d\udc4b 12345"},{"role":"assistant","content":"Hi."},{"role":"user","content":"  Then\n\tstop . "}]"#,
+];
+/// The same for completions.
+const FIRST_PROMPT: &str = r#""  Once upon\n\n\ta time, na\u00efve 12345 \u4f60\u597d \ud83d\udc4b\ud83c\udffd </s> <|im_end|> it's""#;
 
 /// Where tokens come from.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -80,8 +92,32 @@ pub(crate) enum Refused {
 /// How one model's prompts are tokenized.
 #[derive(Clone, Debug)]
 enum Source {
-    Local(Arc<ModelPrompt>),
+    Local(Arc<Local>),
     Engine,
+}
+
+/// A model's own files, and how they stand against its engine.
+#[derive(Debug)]
+struct Local {
+    /// The base model's name.
+    name: String,
+    model: ModelPrompt,
+    standing: Standing,
+}
+
+/// How a model's tokens are made, and how often that was compared.
+#[derive(Clone, Debug)]
+pub(crate) struct TokensFrom {
+    /// `local` or `engine`.
+    pub source: &'static str,
+    /// What differs, where the engine is asked because of it.
+    pub difference: Option<String>,
+    /// Comparisons that were equal.
+    pub equal: u64,
+    /// Comparisons that were not.
+    pub different: u64,
+    /// Comparisons that the engine did not answer.
+    pub impossible: u64,
 }
 
 /// The tokenizers of all models.
@@ -94,6 +130,8 @@ pub(crate) struct Prompts {
     working: Semaphore,
     /// Questions to engines.
     asking: Semaphore,
+    /// Comparisons that run now.
+    comparing: Arc<Semaphore>,
     answers: Cache<u128, Arc<[u32]>, ByBytes>,
     turn: AtomicUsize,
 }
@@ -116,6 +154,7 @@ impl Prompts {
             sources: ArcSwap::default(),
             working: Semaphore::new(cores),
             asking: Semaphore::new(ENGINE_QUESTIONS_MAX),
+            comparing: Arc::new(Semaphore::new(COMPARISONS_MAX)),
             answers: Cache::with_weighter(4096, ENGINE_CACHE_BYTES, ByBytes),
             turn: AtomicUsize::new(0),
         }
@@ -126,17 +165,44 @@ impl Prompts {
         self.sources.load().contains_key(base_model)
     }
 
-    /// Where the tokens of `base_model` come from, for display; `None` = not settled yet.
-    pub(crate) fn source(&self, base_model: &str) -> Option<&'static str> {
-        self.sources.load().get(base_model).map(|source| match source {
-            Source::Local(_) => Tokens::Local.name(),
-            Source::Engine => Tokens::Engine.name(),
-        })
+    /// Where the tokens of each model come from, by name.
+    pub(crate) fn standings(&self) -> Vec<(String, TokensFrom)> {
+        let sources = self.sources.load();
+        let mut all: Vec<(String, TokensFrom)> = sources
+            .iter()
+            .map(|(name, source)| {
+                let from = match source {
+                    Source::Engine => TokensFrom {
+                        source: Tokens::Engine.name(),
+                        difference: None,
+                        equal: 0,
+                        different: 0,
+                        impossible: 0,
+                    },
+                    Source::Local(local) => {
+                        let difference = local.standing.difference().map(|d| d.to_string());
+                        let (equal, different, impossible) = local.standing.counts();
+                        let from = if difference.is_some() { Tokens::Engine } else { Tokens::Local };
+                        TokensFrom { source: from.name(), difference, equal, different, impossible }
+                    }
+                };
+                (name.clone(), from)
+            })
+            .collect();
+        all.sort_by(|(a, _), (b, _)| a.cmp(b));
+        all
     }
 
-    /// Finds the tokenizers of models that were not there before. Reads files; one call at a time.
-    pub(crate) async fn learn(&self, view: &FleetView) {
-        for instance in &view.instances {
+    /// Something speaks against the local tokens of `base_model`: the next requests are compared.
+    pub(crate) fn suspect(&self, base_model: &str) {
+        if let Some(Source::Local(local)) = self.sources.load().get(base_model) {
+            local.standing.suspect();
+        }
+    }
+
+    /// Finds the tokenizers of models that were not there before, and compares them with their engine. Reads files; one call at a time.
+    pub(crate) async fn learn(&self, table: &Table) {
+        for instance in &table.view.instances {
             let Some(facts) = instance.facts.as_ref().filter(|_| instance.health.is_healthy()) else {
                 continue;
             };
@@ -145,6 +211,13 @@ impl Prompts {
                 continue;
             }
             let source = self.find(instance, base).await;
+            if let (Source::Local(local), Some(upstream)) = (&source, table.upstream(instance.id)) {
+                for request in first_requests(base) {
+                    let Ok(here) = local.model.tokens(&request, unix_s()) else { continue };
+                    let Some(here) = here.into_iter().next() else { continue };
+                    compare(local, &request, &here.tokens, upstream, None).await;
+                }
+            }
             let mut sources = HashMap::clone(&self.sources.load());
             sources.insert(base.to_owned(), source);
             self.sources.store(Arc::new(sources));
@@ -165,9 +238,9 @@ impl Prompts {
         let config = PromptConfig { max_model_len, ..PromptConfig::default() };
         let shown = path.display().to_string();
         match tokio::task::spawn_blocking(move || ModelPrompt::load(&path, config)).await {
-            Ok(Ok(prompt)) => {
+            Ok(Ok(model)) => {
                 tracing::info!(model = base, path = shown, "tokenizing here");
-                Source::Local(Arc::new(prompt))
+                Source::Local(Arc::new(Local { name: base.to_owned(), model, standing: Standing::default() }))
             }
             Ok(Err(error)) if asked_for => {
                 tracing::error!(model = base, %error, "the given tokenizer cannot be used; asking the engine instead");
@@ -191,36 +264,76 @@ impl Prompts {
     /// The tokens of `request`, which `serving` (not empty) can serve. `headers` are the client's.
     pub(crate) async fn tokens(
         &self,
-        request: &RequestFields,
+        request: &Arc<RequestFields>,
         serving: &[Arc<Instance>],
         table: &Table,
         headers: &HeaderMap,
     ) -> Result<Tokenized, Refused> {
         let base = serving.first().and_then(|i| i.facts.as_ref()).map_or("", |f| f.base_model());
-        let source = self.sources.load().get(base).cloned();
-        match source {
-            None => Ok(Tokenized::unknown("tokenizer-loading")),
-            Some(Source::Engine) => self.ask(request, serving, table, headers).await,
-            Some(Source::Local(model)) => {
-                let now = unix_s();
-                let found = if request.body().len() <= INLINE_BYTES_MAX {
-                    model.tokens(request, now)
-                } else {
-                    let _turn = self.working.acquire().await.expect("this semaphore is never closed");
-                    let request = request.clone();
-                    tokio::task::spawn_blocking(move || model.tokens(&request, now))
-                        .await
-                        .unwrap_or(Err(PromptError::Unroutable(Unroutable::TokenizerFailed)))
-                };
-                match found {
-                    Ok(prompts) => {
-                        let prompts = prompts.into_iter().map(|p| p.tokens.into()).collect();
-                        Ok(Tokenized { prompts, from: Tokens::Local })
-                    }
-                    Err(error) => refused(error),
-                }
-            }
+        let local = match self.sources.load().get(base) {
+            None => return Ok(Tokenized::unknown("tokenizer-loading")),
+            Some(Source::Engine) => None,
+            Some(Source::Local(local)) => Some(Arc::clone(local)),
+        };
+        let Some(local) = local else { return self.ask(request, serving, table, headers).await };
+        let due = local.standing.is_due();
+        let up = local.standing.is_up();
+        let here = if up || due { Some(self.tokenize(&local, request).await) } else { None };
+        if let (true, Some(Ok(Tokenized { prompts, .. }))) = (due, &here)
+            && let [prompt] = prompts.as_slice()
+        {
+            self.compare_aside(&local, request, prompt, serving, table, headers);
         }
+        match here {
+            Some(here) if up => here,
+            _ => self.ask(request, serving, table, headers).await,
+        }
+    }
+
+    async fn tokenize(&self, local: &Arc<Local>, request: &Arc<RequestFields>) -> Result<Tokenized, Refused> {
+        let now = unix_s();
+        let found = if request.body().len() <= INLINE_BYTES_MAX {
+            local.model.tokens(request, now)
+        } else {
+            let _turn = self.working.acquire().await.expect("this semaphore is never closed");
+            let (local, request) = (Arc::clone(local), Arc::clone(request));
+            tokio::task::spawn_blocking(move || local.model.tokens(&request, now))
+                .await
+                .unwrap_or(Err(PromptError::Unroutable(Unroutable::TokenizerFailed)))
+        };
+        match found {
+            Ok(prompts) => {
+                let prompts = prompts.into_iter().map(|p| p.tokens.into()).collect();
+                Ok(Tokenized { prompts, from: Tokens::Local })
+            }
+            Err(error) => refused(error),
+        }
+    }
+
+    /// Compares in a task of its own, if there is room for one.
+    fn compare_aside(
+        &self,
+        local: &Arc<Local>,
+        request: &Arc<RequestFields>,
+        here: &Arc<[u32]>,
+        serving: &[Arc<Instance>],
+        table: &Table,
+        headers: &HeaderMap,
+    ) {
+        let Ok(room) = Arc::clone(&self.comparing).try_acquire_owned() else { return };
+        let Some(upstream) = self.next(serving, table) else { return };
+        let (local, request, here) = (Arc::clone(local), Arc::clone(request), Arc::clone(here));
+        let key = headers.get(AUTHORIZATION).cloned();
+        tokio::spawn(async move {
+            compare(&local, &request, &here, &upstream, key.as_ref()).await;
+            drop(room);
+        });
+    }
+
+    /// The engine whose turn it is to be asked.
+    fn next(&self, serving: &[Arc<Instance>], table: &Table) -> Option<Arc<Upstream>> {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        serving.get(turn % serving.len().max(1)).and_then(|i| table.upstream(i.id)).map(Arc::clone)
     }
 
     async fn ask(
@@ -266,10 +379,8 @@ impl Prompts {
             return Ok(tokens);
         }
         let Ok(_question) = self.asking.try_acquire() else { return Err("tokenize-busy") };
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let instance = serving.get(turn % serving.len().max(1)).ok_or("no-worker")?;
-        let asked = tokio::time::timeout(ENGINE_TIMEOUT, question(body, instance, table, headers));
-        let tokens: Arc<[u32]> = asked.await.unwrap_or(Err("tokenize-timeout"))?.into();
+        let upstream = self.next(serving, table).ok_or("no-worker")?;
+        let tokens: Arc<[u32]> = question(body, &upstream, headers.get(AUTHORIZATION)).await?.into();
         self.answers.insert(key, Arc::clone(&tokens));
         Ok(tokens)
     }
@@ -283,19 +394,97 @@ fn refused(error: PromptError) -> Result<Tokenized, Refused> {
     }
 }
 
+/// The requests that are compared before a model's first one.
+fn first_requests(model: &str) -> impl Iterator<Item = RequestFields> {
+    let model = serde_json::Value::from(model).to_string();
+    let chats =
+        FIRST_CHATS.map(|messages| (Endpoint::Chat, format!(r#"{{"model":{model},"messages":{messages}}}"#)));
+    let prompt = (Endpoint::Completions, format!(r#"{{"model":{model},"prompt":{FIRST_PROMPT}}}"#));
+    chats
+        .into_iter()
+        .chain([prompt])
+        .filter_map(|(endpoint, body)| RequestFields::parse(endpoint, body.into()).ok())
+}
+
+/// Compares the tokens of `request` with what the engine makes of it, and notes the result.
+async fn compare(
+    local: &Local,
+    request: &RequestFields,
+    here: &[u32],
+    upstream: &Upstream,
+    key: Option<&HeaderValue>,
+) {
+    let Local { name, model, standing } = local;
+    // A prompt of token ids, or one that cannot be asked about, says nothing.
+    let Ok(mut questions) = tokenize_bodies(request) else { return };
+    let Some(RemotePrompt::Ask(body)) = questions.pop() else { return };
+    let engine = match question(body, upstream, key).await {
+        Ok(engine) => engine,
+        Err(reason) => {
+            standing.could_not();
+            tracing::debug!(model = name, reason, "could not compare tokens with the engine's");
+            return;
+        }
+    };
+    let Some(first_token) = first_difference(here, &engine) else {
+        if standing.passed() {
+            tracing::info!(model = name, "tokens are equal again: tokenizing here");
+        }
+        return;
+    };
+    let rendered = match request.endpoint() {
+        Endpoint::Chat => model.render(request, unix_s()).ok(),
+        Endpoint::Completions | Endpoint::Other => None,
+    };
+    let blame = match &rendered {
+        None => Blame::Tokenizer,
+        Some(text) => {
+            let body = serde_json::json!({ "model": name, "prompt": text, "add_special_tokens": false });
+            match question(body.to_string().into_bytes(), upstream, key).await {
+                Ok(of_text) if of_text == here => Blame::Template,
+                Ok(_) => Blame::Tokenizer,
+                Err(_) => Blame::Unknown,
+            }
+        }
+    };
+    let difference = Difference {
+        blame,
+        first_token,
+        here: here.len(),
+        engine: engine.len(),
+        rendered_chars: rendered.map(|text| text.chars().count()),
+    };
+    let shown = difference.to_string();
+    if standing.failed(difference) {
+        tracing::warn!(
+            model = name,
+            difference = shown,
+            "tokens differ from the engine's: asking the engine from now on"
+        );
+    }
+}
+
 /// One question to one engine.
 async fn question(
     body: Vec<u8>,
-    instance: &Instance,
-    table: &Table,
-    headers: &HeaderMap,
+    upstream: &Upstream,
+    key: Option<&HeaderValue>,
 ) -> Result<Vec<u32>, &'static str> {
-    let upstream = table.upstream(instance.id).ok_or("no-worker")?;
+    tokio::time::timeout(ENGINE_TIMEOUT, ask_engine(body, upstream, key))
+        .await
+        .unwrap_or(Err("tokenize-timeout"))
+}
+
+async fn ask_engine(
+    body: Vec<u8>,
+    upstream: &Upstream,
+    key: Option<&HeaderValue>,
+) -> Result<Vec<u32>, &'static str> {
     let mut request = Request::new(Full::new(Bytes::from(body)));
     *request.method_mut() = Method::POST;
     *request.uri_mut() = format!("{}/tokenize", upstream.prefix).parse().map_err(|_| "tokenize-failed")?;
     request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    if let Some(key) = headers.get(AUTHORIZATION) {
+    if let Some(key) = key {
         request.headers_mut().insert(AUTHORIZATION, key.clone());
     }
     let exchange = upstream.pool.send(request).await.map_err(|error| match error {

@@ -88,12 +88,23 @@ impl Gateway {
             .iter()
             .map(|i| json!({ "worker": i.name(), "health": i.health.name(), "reason": i.health.reason() }))
             .collect();
-        json(status, &json!({ "ready": ready, "waiting_for": waiting_for, "workers": workers }))
+        let models: Vec<Value> = self
+            .prompts
+            .standings()
+            .into_iter()
+            .map(|(model, from)| {
+                json!({ "model": model, "tokens_from": from.source, "tokens_differ": from.difference })
+            })
+            .collect();
+        json(
+            status,
+            &json!({ "ready": ready, "waiting_for": waiting_for, "workers": workers, "models": models }),
+        )
     }
 
     /// `GET /metrics`.
     pub(super) fn metrics_text(&self) -> Response {
-        let mut response = text(self.metrics.text());
+        let mut response = text(self.metrics.text(&self.collect()));
         response.headers_mut().insert(
             CONTENT_TYPE,
             HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8"),
@@ -104,11 +115,15 @@ impl Gateway {
     /// `GET /kvlane/workers`: every rank of every instance, and what is known of it.
     pub(super) fn workers(&self) -> Response {
         let table = self.table.load_full();
+        let standings = self.prompts.standings();
+        let stats = self.fleet.stats();
         let mut workers: Vec<Value> = Vec::new();
         for instance in &table.view.instances {
             let facts = instance.facts.as_ref();
             let models: Vec<&str> = facts.iter().flat_map(|f| &f.models).map(|m| m.id.as_str()).collect();
             let base = facts.map_or("", |f| f.base_model());
+            let tokens = standings.iter().find(|(model, _)| model == base).map(|(_, from)| from);
+            let held = instance.partition.as_ref().map(|p| p.index.workers()).unwrap_or_default();
             let common = json!({
                 "url": instance.base.to_string(),
                 "health": instance.health.name(),
@@ -116,7 +131,8 @@ impl Gateway {
                 "engine": facts.map(|f| f.engine.name()),
                 "version": facts.and_then(|f| f.version.as_deref()),
                 "models": models,
-                "tokens_from": if self.cache_aware { self.prompts.source(base) } else { None },
+                "tokens_from": tokens.map(|t| t.source),
+                "tokens_differ": tokens.and_then(|t| t.difference.as_deref()),
                 "block_size": facts.map(|f| f.block_size.tokens()),
                 "capacity_blocks": facts.and_then(|f| f.capacity_blocks),
                 "notes": facts.map(|f| f.notes.clone()).unwrap_or_default(),
@@ -134,6 +150,26 @@ impl Gateway {
                 row["rank"] = json!(rank.worker.rank);
                 row["events"] = json!(rank.trust.name());
                 row["events_reason"] = json!(rank.trust.reason());
+                let tiers = held.iter().filter(|h| h.worker == rank.worker);
+                let mut blocks: BTreeMap<&str, u64> = BTreeMap::new();
+                tiers.for_each(|h| *blocks.entry(h.tier.name()).or_default() += h.blocks);
+                row["held_blocks"] = json!(blocks);
+                if let Some((_, stats)) = stats.iter().find(|(worker, _)| *worker == rank.worker) {
+                    row["event_stream"] = json!({
+                        "connected": stats.connected,
+                        "connect_error": stats.connect_error,
+                        "epoch": stats.epoch,
+                        "batches": stats.batches,
+                        "stored": stats.stored_events,
+                        "removed": stats.removed_events,
+                        "cleared": stats.cleared_events,
+                        "gaps": stats.gaps,
+                        "restarts": stats.restarts,
+                        "dropped": stats.drops().map(|(_, n)| n).sum::<u64>(),
+                        "lag_s": stats.lag_s,
+                        "heard_s_ago": stats.heard.map(|at| at.elapsed().as_secs_f64()),
+                    });
+                }
                 row["in_flight"] = json!(load.requests());
                 row["load"] = json!({
                     "prefill_requests": load.prefill_requests,
@@ -184,6 +220,7 @@ impl Gateway {
         };
         let fields =
             RequestFields::parse(endpoint, body.clone()).map_err(|bad| ClientError::bad_field(&bad))?;
+        let fields = Arc::new(fields);
         let ask =
             Ask { arrived, path, headers: &head.headers, fields: Some(&fields), body_bytes: body.len() };
         let plan = self.plan(&ask).await?;

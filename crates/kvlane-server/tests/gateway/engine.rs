@@ -45,10 +45,15 @@ pub struct Seen {
     pub body: Bytes,
 }
 
+/// The tokens of a body of `/tokenize`.
+pub type Tokenize = Arc<dyn Fn(&Bytes) -> Vec<u32> + Send + Sync>;
+
 struct State {
     models: &'static str,
     act: Mutex<Act>,
     seen: Mutex<Vec<Seen>>,
+    /// How `/tokenize` answers a body; `None`: as any other path.
+    tokenize: Mutex<Option<Tokenize>>,
     go_on: Semaphore,
     /// Requests that a client or the router left before their end.
     left: watch::Sender<u64>,
@@ -80,6 +85,7 @@ impl Engine {
             models,
             act: Mutex::new(act),
             seen: Mutex::default(),
+            tokenize: Mutex::default(),
             go_on: Semaphore::new(0),
             left: watch::Sender::new(0),
             connections: AtomicU64::new(0),
@@ -107,6 +113,10 @@ impl Engine {
 
     pub fn act(&self, act: Act) {
         *self.state.act.lock().unwrap() = act;
+    }
+
+    pub fn tokenize(&self, tokenize: Tokenize) {
+        *self.state.tokenize.lock().unwrap() = Some(tokenize);
     }
 
     /// Lets a stream send one more piece.
@@ -187,6 +197,11 @@ async fn handle(
     let (head, body) = request.into_parts();
     let path = head.uri.path_and_query().unwrap().to_string();
     let body = body.collect().await.unwrap().to_bytes();
+    let tokenize = state.tokenize.lock().unwrap().clone().filter(|_| path == "/tokenize");
+    if let Some(tokenize) = tokenize {
+        let tokens = tokenize(&body);
+        return Ok(whole(200, &serde_json::json!({ "count": tokens.len(), "tokens": tokens }).to_string()));
+    }
     state.seen.lock().unwrap().push(Seen { path, headers: head.headers, body });
     let cut = || Err(io::Error::other("told to"));
     let act = state.act.lock().unwrap().clone();

@@ -10,6 +10,7 @@ mod bad_input;
 mod client;
 mod ends;
 mod engine;
+mod parity;
 
 use client::{bytes, header, json, router};
 use engine::{Act, Engine, MODELS};
