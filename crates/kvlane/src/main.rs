@@ -14,9 +14,9 @@ use tracing_subscriber::EnvFilter;
 #[derive(Debug, Parser)]
 #[command(name = "kvlane", version, arg_required_else_help = true)]
 struct Cli {
-    /// What to log, as `level` or `target=level,...` (error, warn, info, debug, trace).
-    #[arg(long, global = true, env = "KVLANE_LOG", default_value = "info", value_name = "FILTER")]
-    log: String,
+    /// What to log, as `level` or `target=level,...` (error, warn, info, debug, trace) [default: info; demo: error].
+    #[arg(long, global = true, env = "KVLANE_LOG", value_name = "FILTER")]
+    log: Option<String>,
 
     #[command(subcommand)]
     command: Command,
@@ -34,8 +34,11 @@ enum Command {
 
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_new(&cli.log)
-        .map_err(|error| anyhow::anyhow!("--log {:?} is no filter ({error}); try `--log debug`", cli.log))?;
+    // The demo's engines and router live and end by the dozen: only what breaks is worth a line there.
+    let level = if matches!(cli.command, Command::Demo(_)) { "error" } else { "info" };
+    let log = cli.log.as_deref().unwrap_or(level);
+    let filter = EnvFilter::try_new(log)
+        .map_err(|error| anyhow::anyhow!("--log {log:?} is no filter ({error}); try `--log debug`"))?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
