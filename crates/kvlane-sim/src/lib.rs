@@ -7,4 +7,5 @@ pub mod bounds;
 pub mod fleet;
 pub mod knowledge;
 pub mod outcome;
+pub mod report;
 pub mod trace;
