@@ -17,6 +17,7 @@ mod learn;
 mod ledger;
 pub mod policy;
 mod pressure;
+pub mod queue;
 pub mod rates;
 mod request;
 mod rng;
@@ -29,7 +30,7 @@ pub use ledger::{BookError, Ledger, Load};
 pub use policy::{Policy, UnknownPolicy};
 pub use request::{DEFAULT_OUTPUT_TOKENS, Pin, Request, RequestId};
 pub use rng::Rng;
-pub use scheduler::Scheduler;
+pub use scheduler::{SATURATED_MS, Scheduler};
 
 #[cfg(test)]
 mod tests;

@@ -13,6 +13,9 @@ use crate::session::Sessions;
 use crate::{Candidate, Request, RequestId, Rng};
 use kvlane_index::Worker;
 
+/// Pending prefill from which a worker is saturated: what is sent behind it cannot be taken back to a worker that gets free before.
+pub const SATURATED_MS: f64 = 2_000.0;
+
 /// Chooses workers and keeps account of what is in flight.
 #[derive(Debug, Default)]
 pub struct Scheduler {
@@ -116,6 +119,23 @@ impl Scheduler {
         }
         pick(decision, rng);
         Ok(())
+    }
+
+    /// Whether a worker that may serve the request can begin it soon. While none can, requests wait in a [`crate::queue::AdmissionQueue`].
+    ///
+    /// A worker is saturated when as many requests are in flight there as run at once, when their prompts and answers fill its memory, or when it
+    /// has more than [`SATURATED_MS`] of prefill to do at its speed. An idle worker never is.
+    pub fn has_room(&self, request: &Request<'_>, candidates: &[Candidate<'_>], now_ms: f64) -> bool {
+        candidates.iter().any(|c| filter(request, c).is_none() && !self.saturated(request, c, now_ms))
+    }
+
+    fn saturated(&self, request: &Request<'_>, candidate: &Candidate<'_>, now_ms: f64) -> bool {
+        let load = self.ledger.load(candidate.worker);
+        let tokens = u64::from(request.tokens().saturating_sub(candidate.overlap.total()));
+        load.requests() > 0
+            && (candidate.profile.limits.max_running.is_some_and(|most| load.requests() >= most)
+                || candidate.profile.kv_tokens().is_some_and(|most| load.kv_tokens() + tokens > most)
+                || load.queue_ms(now_ms) > SATURATED_MS)
     }
 
     /// Reserves the request's work at `worker`, which is one of the rows of `decision`: its choice, or the one that was taken when that
