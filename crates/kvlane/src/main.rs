@@ -6,6 +6,7 @@
 mod demo;
 mod mock_engine;
 mod serve;
+mod simulate;
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
@@ -30,6 +31,9 @@ enum Command {
     Demo(demo::Args),
     /// Run one engine that only pretends: vLLM's HTTP and cache events, a real block cache, measured times.
     MockEngine(Box<mock_engine::Args>),
+    /// Compare routing policies on a request trace: no GPU, no sockets, one seed gives one result.
+    #[command(visible_alias = "sim")]
+    Simulate(Box<simulate::Args>),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -47,6 +51,7 @@ fn main() -> anyhow::Result<()> {
             Command::Serve(args) => serve::run(args).await,
             Command::Demo(args) => demo::run(args).await,
             Command::MockEngine(args) => mock_engine::run(*args).await,
+            Command::Simulate(args) => simulate::run(&args),
         }
     })
 }

@@ -1,0 +1,309 @@
+//! `kvlane simulate`: what routing policies would do with a trace, without a GPU.
+//!
+//! Every (workers, speed, policy, seed) is a run of its own and deterministic; they are spread over the machine's cores and put back in order, so
+//! the output does not depend on the machine.
+
+use anyhow::{Context, bail};
+use kvlane_sched::Policy;
+use kvlane_sched::policy::NAMES;
+use kvlane_sim::bounds::bounds;
+use kvlane_sim::fleet::{self, FleetConfig};
+use kvlane_sim::report::{self, Cell, Comparison, Curves};
+use kvlane_sim::trace::{self, Format, Nature, PromptMode, ReadOptions, Shape, Start, Trace};
+use std::fs::File;
+use std::io::{BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Arguments of `kvlane simulate`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Trace to read: Mooncake, Bailian or Weka JSON lines, or Azure CSV; plain or .gz. Without one, see --generate.
+    trace: Option<PathBuf>,
+
+    /// Traffic to make up where no trace is given: shared-prompts, multi-turn, hot-prefixes or no-reuse.
+    #[arg(long, value_name = "NATURE", default_value = "multi-turn", conflicts_with = "trace")]
+    generate: Nature,
+
+    /// Requests to make up.
+    #[arg(long, value_name = "N", default_value_t = 5_000, conflicts_with = "trace")]
+    requests: u32,
+
+    /// Requests per second to make up (before --speed).
+    #[arg(long, value_name = "R", default_value_t = 20.0, conflicts_with = "trace")]
+    rate: f64,
+
+    /// Format of the trace, where its first line does not tell: mooncake, bailian, azure or weka.
+    #[arg(long, value_parser = parse_format)]
+    format: Option<Format>,
+
+    /// Tokens in a block of the trace, where the format does not say (Mooncake's own files: 512).
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    block_size: Option<u32>,
+
+    /// What later rows of a session hold: the whole prompt, or only what is new (delta).
+    #[arg(long, value_parser = parse_prompt_mode, default_value = "whole")]
+    prompt_mode: PromptMode,
+
+    /// Sizes of the fleet to compare.
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "8", value_parser = clap::value_parser!(u32).range(1..=4_096))]
+    workers: Vec<u32>,
+
+    /// Policies to compare; NAME@SECONDS keeps predicted placements for so long (`reference` has none by default).
+    #[arg(long, visible_alias = "policy", value_name = "NAME,...", value_delimiter = ',', num_args = 0.., default_missing_value = DEFAULT_POLICIES, default_value = DEFAULT_POLICIES)]
+    compare: Vec<Contender>,
+
+    /// How many times as fast as recorded requests come; several are compared.
+    #[arg(long, value_name = "X,...", value_delimiter = ',', default_value = "1", value_parser = parse_positive)]
+    speed: Vec<f64>,
+
+    /// Spread arrivals over this many milliseconds from their time (Mooncake's conversation trace comes in batches of 3000).
+    #[arg(long, value_name = "MS", default_value_t = 0.0)]
+    spread: f64,
+
+    /// Repeat the trace so often at once, with prompts that share nothing between copies.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_024))]
+    copies: u32,
+
+    /// Leave out requests that start before this second of the trace.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
+    start: f64,
+
+    /// Leave out requests that start from this second on.
+    #[arg(long, value_name = "SECONDS")]
+    end: Option<f64>,
+
+    /// Leave out prompts of more tokens.
+    #[arg(long, value_name = "TOKENS")]
+    max_input: Option<u32>,
+
+    /// Longest pause inside a session, in seconds.
+    #[arg(long, value_name = "SECONDS")]
+    think_cap: Option<f64>,
+
+    /// Cache blocks of 16 tokens of each worker (default: as calibrated).
+    #[arg(long, value_name = "BLOCKS", value_parser = clap::value_parser!(u32).range(64..))]
+    kv_blocks: Option<u32>,
+
+    /// How many times as fast as calibrated the engines are.
+    #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = parse_positive)]
+    engine_speed: f64,
+
+    /// Runs of each cell, with seeds from --seed on.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1_000))]
+    seeds: u64,
+
+    /// The first seed.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+
+    /// A first token within this time counts as in time.
+    #[arg(long, value_name = "MS", default_value_t = 2_000.0)]
+    ttft_target: f64,
+
+    /// Write every figure as JSON to this file (`-`: to stdout, instead of the table).
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+
+    /// Write a page with tables and plots to this file.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+}
+
+const DEFAULT_POLICIES: &str = "kv,reference,sticky-session,least-loaded,round-robin";
+
+/// How long predicted placements are kept unless said otherwise, in microseconds.
+const PREDICT_US: u64 = 30_000_000;
+
+/// A policy with its predicted placements.
+#[derive(Clone, Debug)]
+struct Contender {
+    name: String,
+    policy: &'static str,
+    predict_us: u64,
+}
+
+impl std::str::FromStr for Contender {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, seconds) = text.split_once('@').map_or((text, None), |(n, s)| (n, Some(s)));
+        let policy = NAMES
+            .iter()
+            .find(|n| **n == name)
+            .ok_or_else(|| format!("no policy is called {name:?}; there are {}", NAMES.join(", ")))?;
+        let predict_us = match seconds {
+            Some(s) => (parse_positive(s)? * 1e6) as u64,
+            None if *policy == "reference" => 0,
+            None => PREDICT_US,
+        };
+        Ok(Self { name: text.to_owned(), policy, predict_us })
+    }
+}
+
+fn parse_positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(x) if x.is_finite() && x > 0.0 => Ok(x),
+        _ => Err("must be a number above 0".to_owned()),
+    }
+}
+
+fn parse_format(text: &str) -> Result<Format, String> {
+    match text {
+        "mooncake" => Ok(Format::Mooncake),
+        "bailian" => Ok(Format::Bailian),
+        "azure" => Ok(Format::Azure),
+        "weka" => Ok(Format::Weka),
+        _ => Err("must be mooncake, bailian, azure or weka".to_owned()),
+    }
+}
+
+fn parse_prompt_mode(text: &str) -> Result<PromptMode, String> {
+    match text {
+        "whole" => Ok(PromptMode::Whole),
+        "delta" => Ok(PromptMode::Delta),
+        _ => Err("must be whole or delta".to_owned()),
+    }
+}
+
+/// Runs everything that was asked for and writes the reports.
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let base = load(args)?;
+    let comparison = compare(args, &base);
+    if let Some(path) = &args.html {
+        write(path, &report::html(&comparison))?;
+    }
+    if let Some(path) = &args.json {
+        write(path, &report::json(&comparison))?;
+    }
+    if args.json.as_deref() != Some(Path::new("-")) {
+        write(Path::new("-"), &report::text(&comparison))?;
+    }
+    Ok(())
+}
+
+fn load(args: &Args) -> anyhow::Result<Trace> {
+    let Some(path) = &args.trace else {
+        return Ok(trace::generate(args.generate, args.requests.max(1), args.rate.max(1e-3), args.seed));
+    };
+    let file = File::open(path).with_context(|| format!("cannot open the trace {}", path.display()))?;
+    let name = path.file_name().map_or_else(|| "trace".into(), |n| n.to_string_lossy());
+    let options =
+        ReadOptions { format: args.format, block_tokens: args.block_size, prompt_mode: args.prompt_mode };
+    let trace = trace::read(&name, BufReader::new(file), &options)
+        .with_context(|| format!("cannot use the trace {}", path.display()))?;
+    tracing::info!(requests = trace.requests.len(), sessions = trace.sessions(), "read the trace");
+    Ok(trace)
+}
+
+fn compare(args: &Args, base: &Trace) -> Comparison {
+    let shape = |speed: f64| Shape {
+        speed,
+        spread_ms: args.spread.max(0.0),
+        copies: args.copies,
+        stagger_ms: if args.copies > 1 { 60_000.0 } else { 0.0 },
+        window_ms: Some((args.start * 1000.0, args.end.map_or(f64::INFINITY, |s| s * 1000.0))),
+        max_input_tokens: args.max_input,
+        think_cap_ms: args.think_cap.map(|s| s * 1000.0),
+    };
+    let seeds: Vec<u64> = (args.seed..args.seed.saturating_add(args.seeds)).collect();
+    let fleet = |workers: u32, seed: u64, predict_us: u64| {
+        let mut config = FleetConfig::new(workers);
+        config.seed = seed;
+        config.predict_us = predict_us;
+        config.engine.blocks = args.kv_blocks.unwrap_or(config.engine.blocks);
+        config.engine.timing = config.engine.timing.faster(args.engine_speed);
+        config
+    };
+
+    // Jobs in the order of the report; a cell's seeds follow each other.
+    let mut jobs = Vec::new();
+    for &workers in &args.workers {
+        for &speed in &args.speed {
+            for contender in &args.compare {
+                for &seed in &seeds {
+                    jobs.push((workers, speed, contender, seed));
+                }
+            }
+        }
+    }
+    let next = AtomicUsize::new(0);
+    let results = Mutex::new((0..jobs.len()).map(|_| None).collect::<Vec<_>>());
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(jobs.len().max(1));
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some((workers, speed, contender, seed)) =
+                    jobs.get(next.fetch_add(1, Ordering::Relaxed))
+                {
+                    let trace = shape(*speed).apply(base, *seed);
+                    let config = fleet(*workers, *seed, contender.predict_us);
+                    let policy: Box<dyn Policy> =
+                        contender.policy.parse().expect("contenders name policies that exist");
+                    let outcome = fleet::run(&trace, &config, policy);
+                    let lengths: Vec<u32> = trace.requests.iter().map(|r| r.input_tokens).collect();
+                    let summary = outcome.summary(&lengths, args.ttft_target);
+                    let curves = (*seed == args.seed).then(|| Curves::of(&trace, &outcome));
+                    let place = jobs.iter().position(|j| {
+                        (j.0, j.1, &j.2.name, j.3) == (*workers, *speed, &contender.name, *seed)
+                    });
+                    let mut results = results.lock().expect("no run panics while it holds the results");
+                    results[place.expect("the job is one of the jobs")] = Some((summary, curves));
+                    tracing::debug!(workers, speed, policy = contender.name, seed, "simulated");
+                }
+            });
+        }
+    });
+
+    let mut results =
+        results.into_inner().expect("no run panics while it holds the results").into_iter().flatten();
+    let mut cells = Vec::new();
+    for &workers in &args.workers {
+        for &speed in &args.speed {
+            for contender in &args.compare {
+                let mut cell = Cell {
+                    workers,
+                    speed,
+                    policy: contender.name.clone(),
+                    runs: Vec::new(),
+                    curves: Curves::default(),
+                };
+                for (summary, curves) in results.by_ref().take(seeds.len()) {
+                    cell.runs.push(summary);
+                    cell.curves = curves.unwrap_or(cell.curves);
+                }
+                cells.push(cell);
+            }
+        }
+    }
+    let shaped = shape(1.0).apply(base, args.seed);
+    let pool = |workers: u32| u64::from(workers) * fleet(workers, args.seed, 0).cache_tokens();
+    Comparison {
+        trace: shaped.name.clone(),
+        requests: shaped.requests.len(),
+        input_tokens: shaped.input_tokens(),
+        block_tokens: shaped.block_tokens,
+        closed_loop: shaped.requests.iter().any(|r| matches!(r.start, Start::AfterMs(_))),
+        ttft_target_ms: args.ttft_target,
+        seeds,
+        bounds: args.workers.iter().map(|w| (*w, bounds(&shaped, pool(*w)))).collect(),
+        cells,
+    }
+}
+
+fn write(path: &Path, text: &str) -> anyhow::Result<()> {
+    if path == Path::new("-") {
+        let mut out = std::io::stdout().lock();
+        match out.write_all(text.as_bytes()) {
+            // A reader such as `head` that has seen enough.
+            Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            other => other.context("cannot write to stdout"),
+        }
+    } else {
+        if path.is_dir() {
+            bail!("{} is a directory: name a file", path.display());
+        }
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+    }
+}
