@@ -15,6 +15,7 @@ mod overlaps;
 mod partition;
 mod prefix;
 pub mod reference;
+pub mod snapshot;
 mod tier;
 mod tree;
 
@@ -24,6 +25,6 @@ pub use event::{BlockHash, EngineHash, Group, GroupId, GroupKind, KvEvent, Store
 pub use hash::BlockSize;
 pub use ids::{InstanceId, Worker};
 pub use overlaps::{Overlap, Overlaps};
-pub use partition::{Index, IndexWriter, partition};
+pub use partition::{HashedPrompt, Index, IndexWriter, partition};
 pub use reference::MAX_COPIES;
 pub use tier::Tier;

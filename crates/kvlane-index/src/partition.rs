@@ -2,8 +2,11 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use crate::hash::{Namespace, prompt_hashes};
 use crate::tree::{Shared, Tree};
-use crate::{Applied, BlockHash, Held, IndexConfig, IndexStats, InstanceId, KvEvent, Overlaps, Worker};
+use crate::{
+    Applied, BlockHash, BlockSize, Held, IndexConfig, IndexStats, InstanceId, KvEvent, Overlaps, Worker,
+};
 
 /// Makes the writer and the first reader of an empty partition: one model family and one block size.
 ///
@@ -28,7 +31,25 @@ pub fn partition(config: IndexConfig) -> (IndexWriter, Index) {
     let tree = Tree::new(&config);
     let shared = Arc::clone(tree.shared());
     let tree = Arc::new(Mutex::new(tree));
-    (IndexWriter { tree: Arc::clone(&tree) }, Index { shared, tree })
+    (IndexWriter { tree: Arc::clone(&tree) }, Index { shared, tree, block_size: config.block_size })
+}
+
+/// The hashes of one prompt: of its blocks, for anybody, and of its prefixes, for partitions with the same key.
+///
+/// Reuse one: hashing into it allocates nothing once it is large enough.
+#[derive(Clone, Debug, Default)]
+pub struct HashedPrompt {
+    blocks: Vec<BlockHash>,
+    prefixes: Vec<u64>,
+    /// Stands for the key of `prefixes`.
+    root: u64,
+}
+
+impl HashedPrompt {
+    /// The hashes of the prompt's whole blocks.
+    pub fn blocks(&self) -> &[BlockHash] {
+        &self.blocks
+    }
 }
 
 /// Applies the events of a partition, each worker's in the order of its publisher.
@@ -51,6 +72,7 @@ pub struct IndexWriter {
 pub struct Index {
     shared: Arc<Shared>,
     tree: Arc<Mutex<Tree>>,
+    block_size: BlockSize,
 }
 
 impl IndexWriter {
@@ -74,6 +96,44 @@ impl Index {
     /// Who holds the beginning of `prompt`, into `out` (which is emptied first).
     pub fn overlap(&self, prompt: &[BlockHash], out: &mut Overlaps) {
         self.shared.overlap(prompt, out);
+    }
+
+    /// Tokens in a block of this partition.
+    pub fn block_size(&self) -> BlockSize {
+        self.block_size
+    }
+
+    /// Hashes the whole blocks of a prompt for this partition, into `out` (which is emptied first).
+    ///
+    /// For a prompt that is asked about more than once, or whose tokens are being hashed anyway: the answer to
+    /// [`overlap_hashed`](Self::overlap_hashed) then costs a few looks, however long the prompt is.
+    pub fn hash(&self, tokens: &[u32], namespace: &Namespace<'_>, out: &mut HashedPrompt) {
+        out.blocks.clear();
+        prompt_hashes(tokens, self.block_size, namespace, &mut out.blocks);
+        self.hash_blocks(out);
+    }
+
+    /// The same from block hashes.
+    pub fn hash_prompt(&self, blocks: &[BlockHash], out: &mut HashedPrompt) {
+        out.blocks.clear();
+        out.blocks.extend_from_slice(blocks);
+        self.hash_blocks(out);
+    }
+
+    fn hash_blocks(&self, out: &mut HashedPrompt) {
+        out.prefixes.clear();
+        self.shared.hasher().extend(&out.blocks, out.blocks.len(), &mut out.prefixes);
+        out.root = self.shared.hasher().root();
+    }
+
+    /// [`overlap`](Self::overlap) of a prompt hashed for this partition; one hashed for a partition with another prefix key
+    /// is hashed again.
+    pub fn overlap_hashed(&self, prompt: &HashedPrompt, out: &mut Overlaps) {
+        if prompt.root == self.shared.hasher().root() {
+            self.shared.overlap_hashed(&prompt.prefixes, out);
+        } else {
+            self.shared.overlap(&prompt.blocks, out);
+        }
     }
 
     /// Notes that `worker` will soon hold these blocks, which begin at the root of a prompt.

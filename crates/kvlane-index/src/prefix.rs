@@ -84,10 +84,64 @@ impl PrefixHasher {
         let from = hashes.len();
         let Some(blocks) = prompt.get(from..end) else { return };
         let mut prefix = hashes.last().copied().unwrap_or(self.root);
-        hashes.extend(blocks.iter().zip(from as u32..).map(|(block, depth)| {
-            prefix = self.next(prefix, *block, depth);
-            prefix
-        }));
+        if blocks.len() < wide::WORTH_IT {
+            hashes.extend(blocks.iter().zip(from as u32..).map(|(block, depth)| {
+                prefix = self.next(prefix, *block, depth);
+                prefix
+            }));
+            return;
+        }
+        // First the mixes, which do not wait for one another, then their sum.
+        hashes.extend(blocks.iter().map(|block| block.0));
+        wide::mix_all(self, &mut hashes[from..], from as u32);
+        for hash in &mut hashes[from..] {
+            prefix = prefix.wrapping_add(*hash);
+            *hash = prefix;
+        }
+    }
+
+    /// Replaces each block hash by its mix; the first is at depth `from`. Plain code that the compiler can make wide.
+    #[inline(always)]
+    fn mix_each(&self, blocks: &mut [u64], from: u32) {
+        let Self { step, mul, .. } = *self;
+        let first = u64::from(from).wrapping_add(1).wrapping_mul(step);
+        for (at, block) in (0u64..).zip(blocks) {
+            let mut x = *block ^ first.wrapping_add(at.wrapping_mul(step));
+            x = x.wrapping_mul(mul[0]);
+            x ^= x >> 32;
+            x = x.wrapping_mul(mul[1]);
+            *block = x ^ (x >> 29);
+        }
+    }
+}
+
+/// The same code, compiled for processors that multiply eight 64-bit numbers at once.
+///
+/// The only `unsafe` of the crate is the call into that copy.
+mod wide {
+    use super::PrefixHasher;
+
+    /// Blocks below which the check of the processor costs more than it gains.
+    pub(super) const WORTH_IT: usize = 16;
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
+    fn mix_all_avx512(hasher: &PrefixHasher, blocks: &mut [u64], from: u32) {
+        hasher.mix_each(blocks, from);
+    }
+
+    #[expect(unsafe_code, reason = "calls a function compiled for a processor feature that was detected")]
+    pub(super) fn mix_all(hasher: &PrefixHasher, blocks: &mut [u64], from: u32) {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512vl")
+        {
+            // SAFETY: the processor has the features that the function is compiled for, as was just asked.
+            unsafe { mix_all_avx512(hasher, blocks, from) };
+            return;
+        }
+        hasher.mix_each(blocks, from);
     }
 }
 
@@ -104,6 +158,26 @@ mod tests {
                 let after = hasher.next(before, BlockHash(block), depth as u32);
                 assert_eq!(hasher.block(before, after, depth as u32), BlockHash(block), "key {key}");
             }
+        }
+    }
+
+    #[test]
+    fn stretches_of_any_length_are_hashed_alike() {
+        let hasher = PrefixHasher::new(5);
+        let prompt: Vec<BlockHash> = (0..100).map(|i| BlockHash(i * i)).collect();
+        let mut prefix = hasher.root();
+        let one_by_one: Vec<u64> = (0u32..)
+            .zip(&prompt)
+            .map(|(depth, block)| {
+                prefix = hasher.next(prefix, *block, depth);
+                prefix
+            })
+            .collect();
+        for cut in 0..=prompt.len() {
+            let mut hashes = Vec::new();
+            hasher.extend(&prompt, cut, &mut hashes);
+            hasher.extend(&prompt, prompt.len(), &mut hashes);
+            assert_eq!(hashes, one_by_one, "cut at {cut}");
         }
     }
 

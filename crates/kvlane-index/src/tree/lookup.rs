@@ -13,7 +13,8 @@
 use std::cell::RefCell;
 use std::sync::atomic::{Ordering::*, fence};
 
-use super::shared::{Class, PAGE, Part, SetKind, Shared, VERSION, decode_kind, length, set_kind};
+use super::shared::{Class, Listed, PAGE, Part, SetKind, Shared, VERSION, decode_kind, length, set_kind};
+use crate::prefix::PrefixHasher;
 use crate::{BlockHash, GroupKind, Overlap, Overlaps, Tier};
 
 /// Walks of one query along runs that keep changing.
@@ -44,29 +45,99 @@ struct Scratch {
     prefixes: Vec<u64>,
     path: Vec<Step>,
     active: Vec<u64>,
-    /// Ranks that left the device set, and where.
-    device: Vec<Reached>,
+    /// By rank: the depth at which it left the device set.
+    device: Vec<u32>,
     /// Ranks that go on by predictions.
     carried: Vec<u32>,
     next_carried: Vec<u32>,
     predicted: Vec<Reached>,
-    /// By rank: device and predicted depth.
-    depths: Vec<[u32; 2]>,
+    /// By rank: the larger of the device depth and the depth reached by predictions; empty if there are none.
+    depths: Vec<u32>,
     parts: Vec<(u32, u32, Part)>,
     classes: Vec<(Class, GroupKind, Vec<u64>)>,
+}
+
+impl Scratch {
+    /// The overlap of a rank that holds nothing but group 0 of the device tier.
+    #[inline]
+    fn plain(&self, listed: Listed) -> Overlap {
+        let Listed { worker, index, .. } = listed;
+        let device = self.device.get(index as usize).copied().unwrap_or(0);
+        let predicted = self.depths.get(index as usize).copied().unwrap_or(device);
+        Overlap { worker, device, predicted, host: 0, disk: 0, external: 0, mixed: device }
+    }
+}
+
+/// Notes how far a rank got.
+#[inline]
+fn reach(depths: &mut [u32], rank: u32, depth: u32) {
+    if let Some(reached) = depths.get_mut(rank as usize) {
+        *reached = depth;
+    }
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-impl Shared {
-    pub(crate) fn overlap(&self, prompt: &[BlockHash], out: &mut Overlaps) {
-        SCRATCH.with_borrow_mut(|scratch| self.overlap_with(prompt, out, scratch));
+/// The prefix hashes of a prompt, made when they are needed or ready.
+trait Prompt {
+    /// Blocks of the prompt.
+    fn len(&self) -> usize;
+    /// Prefix hash of the first `blocks` blocks, at least 1.
+    fn prefix(&mut self, blocks: usize) -> u64;
+}
+
+/// Hashes a prompt as far as it is followed.
+struct Lazy<'a> {
+    hasher: &'a PrefixHasher,
+    blocks: &'a [BlockHash],
+    prefixes: Vec<u64>,
+}
+
+impl Prompt for Lazy<'_> {
+    fn len(&self) -> usize {
+        self.blocks.len()
     }
 
-    fn overlap_with(&self, prompt: &[BlockHash], out: &mut Overlaps, s: &mut Scratch) {
-        s.prefixes.clear();
+    #[inline]
+    fn prefix(&mut self, blocks: usize) -> u64 {
+        if self.prefixes.len() < blocks {
+            self.hasher.extend(self.blocks, blocks, &mut self.prefixes);
+        }
+        self.prefixes[blocks - 1]
+    }
+}
+
+struct Ready<'a>(&'a [u64]);
+
+impl Prompt for Ready<'_> {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    #[inline]
+    fn prefix(&mut self, blocks: usize) -> u64 {
+        self.0[blocks - 1]
+    }
+}
+
+impl Shared {
+    pub(crate) fn overlap(&self, blocks: &[BlockHash], out: &mut Overlaps) {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut prefixes = std::mem::take(&mut scratch.prefixes);
+            prefixes.clear();
+            let mut prompt = Lazy { hasher: &self.hasher, blocks, prefixes };
+            self.overlap_with(&mut prompt, out, scratch);
+            scratch.prefixes = prompt.prefixes;
+        });
+    }
+
+    pub(crate) fn overlap_hashed(&self, prefixes: &[u64], out: &mut Overlaps) {
+        SCRATCH.with_borrow_mut(|scratch| self.overlap_with(&mut Ready(prefixes), out, scratch));
+    }
+
+    fn overlap_with(&self, prompt: &mut impl Prompt, out: &mut Overlaps, s: &mut Scratch) {
         for walk in 1..=MAX_WALKS {
             let version = self.directory.version();
             self.walk(prompt, s);
@@ -108,29 +179,24 @@ impl Shared {
 
     /// Blocks of a run that the prompt goes through, the first of which it does.
     #[inline]
-    fn matched(&self, header: &[u64; 8], depth: usize, prompt: &[BlockHash], prefixes: &mut Vec<u64>) -> u32 {
+    fn matched(&self, header: &[u64; 8], depth: usize, prompt: &mut impl Prompt) -> u32 {
         let len = length(header[0]) as usize;
         let avail = len.min(prompt.len() - depth);
         let (mut low, mut high) = (1, avail);
         // Hash and compare in stretches, so that a prompt that leaves a long run early is not hashed to its end.
-        let mut seen = 1;
-        while seen < avail {
-            let end = avail.min(seen + STRETCH);
-            if prefixes.len() < depth + end {
-                self.hasher.extend(prompt, depth + end, prefixes);
-            }
+        while low < avail {
+            let end = avail.min(low + STRETCH);
             let stored = if end == len { header[2] } else { self.prefix_at(header[3], end as u32 - 1) };
-            if prefixes[depth + end - 1] != stored {
+            if prompt.prefix(depth + end) != stored {
                 high = end - 1;
                 break;
             }
-            seen = end;
             low = end;
         }
         // The prompt follows the first `low` blocks; find where it leaves within `high`.
         while low < high {
             let middle = (low + high).div_ceil(2);
-            if prefixes[depth + middle - 1] == self.prefix_at(header[3], middle as u32 - 1) {
+            if prompt.prefix(depth + middle) == self.prefix_at(header[3], middle as u32 - 1) {
                 low = middle;
             } else {
                 high = middle - 1;
@@ -139,21 +205,21 @@ impl Shared {
         low as u32
     }
 
-    fn walk(&self, prompt: &[BlockHash], s: &mut Scratch) {
+    fn walk(&self, prompt: &mut impl Prompt, s: &mut Scratch) {
         s.path.clear();
         s.active.clear();
-        s.device.clear();
         s.carried.clear();
         s.predicted.clear();
         let all_the_way = self.directory.has_complex();
         let mut depth = 0;
         while depth < prompt.len() {
-            if s.prefixes.len() <= depth {
-                self.hasher.extend(prompt, depth + 1, &mut s.prefixes);
-            }
-            let Some((run, header)) = self.run_at(s.prefixes[depth]) else { break };
-            let matched = self.matched(&header, depth, prompt, &mut s.prefixes);
+            let Some((run, header)) = self.run_at(prompt.prefix(depth + 1)) else { break };
+            let matched = self.matched(&header, depth, prompt);
             let step = Step { run, word0: header[0], depth: depth as u32, matched };
+            if s.path.is_empty() {
+                s.device.clear();
+                s.device.resize(self.directory.bits() as usize, 0);
+            }
             s.path.push(step);
             if header[7] != 0 || !s.carried.is_empty() {
                 self.carry(&header, step, s);
@@ -168,7 +234,8 @@ impl Shared {
             }
         }
         let depth = depth as u32;
-        each_bit(&s.active, |rank| s.device.push(Reached { rank, depth }));
+        let Scratch { active, device, .. } = s;
+        each_bit(active, |rank| reach(device, rank, depth));
         s.predicted.extend(s.carried.drain(..).map(|rank| Reached { rank, depth }));
     }
 
@@ -183,7 +250,7 @@ impl Shared {
             }
             let blocks = self.first_missing(part, 0).min(step.matched);
             if blocks > 0 || !first {
-                s.device.push(Reached { rank: part.rank, depth: step.depth + blocks });
+                reach(&mut s.device, part.rank, step.depth + blocks);
             }
         }
         let (kind, set) = (set_kind(header[0]), [header[4], header[5]]);
@@ -194,12 +261,9 @@ impl Shared {
             if first {
                 active.push(word);
             } else if let Some(old) = active.get_mut(at) {
-                let mut left = *old & !word;
+                let left = *old & !word;
                 *old &= word;
-                while left != 0 {
-                    device.push(Reached { rank: at as u32 * 64 + left.trailing_zeros(), depth });
-                    left &= left - 1;
-                }
+                each_bit_of(left, at, |rank| reach(device, rank, depth));
             }
             at += 1;
         };
@@ -224,11 +288,8 @@ impl Shared {
             }
         }
         while !first && at < active.len() {
-            let mut left = std::mem::take(&mut active[at]);
-            while left != 0 {
-                device.push(Reached { rank: at as u32 * 64 + left.trailing_zeros(), depth });
-                left &= left - 1;
-            }
+            let left = std::mem::take(&mut active[at]);
+            each_bit_of(left, at, |rank| reach(device, rank, depth));
             at += 1;
         }
     }
@@ -295,49 +356,45 @@ impl Shared {
     /// Puts what the walk found into the order of the workers. Nothing from block `limit` on counts.
     fn collect(&self, s: &mut Scratch, limit: u32, out: &mut Overlaps) {
         out.ranks.clear();
-        let complex = self.directory.has_complex() && !s.path.is_empty();
-        if s.device.is_empty() && s.predicted.is_empty() && !complex {
+        if s.path.is_empty() {
             return;
         }
-        let top = s.device.iter().chain(&s.predicted).map(|r| r.rank as usize + 1).max().unwrap_or(0);
+        if limit < u32::MAX {
+            s.device.iter_mut().for_each(|depth| *depth = (*depth).min(limit));
+        }
         s.depths.clear();
-        s.depths.resize(top.min(super::shared::MAX_RANKS as usize), [0; 2]);
-        for &Reached { rank, depth } in &s.device {
-            if let Some([device, predicted]) = s.depths.get_mut(rank as usize) {
-                *device = depth.min(limit);
-                *predicted = (*predicted).max(*device);
+        if !s.predicted.is_empty() {
+            s.depths.extend_from_slice(&s.device);
+            for &Reached { rank, depth } in &s.predicted {
+                if let Some(reached) = s.depths.get_mut(rank as usize) {
+                    *reached = (*reached).max(depth.min(limit));
+                }
             }
         }
-        for &Reached { rank, depth } in &s.predicted {
-            if let Some([_, predicted]) = s.depths.get_mut(rank as usize) {
-                *predicted = (*predicted).max(depth.min(limit));
-            }
-        }
-        if complex {
+        if self.directory.has_complex() {
             self.gather(s, limit);
-        }
-        for listed in self.directory.iter() {
-            if listed.complex && complex {
-                let overlap = self.complex(listed.worker, listed.index, s, limit);
+            for listed in self.directory.iter() {
+                let overlap = match listed.complex {
+                    true => self.complex(listed.worker, listed.index, s, limit),
+                    false => s.plain(listed),
+                };
                 if overlap.device + overlap.predicted + overlap.host + overlap.disk + overlap.external > 0 {
                     out.ranks.push(overlap);
                 }
-                continue;
             }
-            if let Some(&[device, predicted]) = s.depths.get(listed.index as usize)
-                && predicted > 0
-            {
-                let worker = listed.worker;
-                out.ranks.push(Overlap {
-                    worker,
-                    device,
-                    predicted,
-                    host: 0,
-                    disk: 0,
-                    external: 0,
-                    mixed: device,
-                });
+            return;
+        }
+        // Mostly either few ranks hold something or (a prompt that all have seen) nearly all.
+        let found = if s.depths.is_empty() { &s.device } else { &s.depths };
+        let (count, ranks) =
+            (found.iter().filter(|depth| **depth > 0).count(), self.directory.len() as usize);
+        if count * 2 > ranks {
+            out.ranks.extend(self.directory.iter().map(|listed| s.plain(listed)));
+            if count < ranks {
+                out.ranks.retain(|overlap| overlap.predicted > 0);
             }
+        } else {
+            out.ranks.extend(self.directory.iter().map(|listed| s.plain(listed)).filter(|o| o.predicted > 0));
         }
     }
 
@@ -500,11 +557,16 @@ fn take_bit(bits: &mut [u64], at: u32) -> bool {
 
 fn each_bit(bits: &[u64], mut each: impl FnMut(u32)) {
     for (at, word) in bits.iter().enumerate() {
-        let mut word = *word;
-        while word != 0 {
-            each(at as u32 * 64 + word.trailing_zeros());
-            word &= word - 1;
-        }
+        each_bit_of(*word, at, &mut each);
+    }
+}
+
+/// Calls `each` for the bits of the `at`-th word of a set.
+#[inline]
+fn each_bit_of(mut word: u64, at: usize, mut each: impl FnMut(u32)) {
+    while word != 0 {
+        each(at as u32 * 64 + word.trailing_zeros());
+        word &= word - 1;
     }
 }
 

@@ -148,6 +148,8 @@ pub(super) struct Directory {
     /// Odd while the directory changes.
     version: AtomicU64,
     ranks: AtomicU32,
+    /// One past the largest index in use.
+    bits: AtomicU32,
     complex: AtomicU32,
     order: Words,
     /// For each rank index: list of kinds, in the slab (as a list word).
@@ -169,6 +171,7 @@ impl Directory {
         Self {
             version: AtomicU64::new(0),
             ranks: AtomicU32::new(0),
+            bits: AtomicU32::new(0),
             complex: AtomicU32::new(0),
             order,
             kinds,
@@ -183,6 +186,12 @@ impl Directory {
     #[inline]
     pub(super) fn len(&self) -> u32 {
         self.ranks.load(Relaxed)
+    }
+
+    /// One past the largest index in use.
+    #[inline]
+    pub(super) fn bits(&self) -> u32 {
+        self.bits.load(Relaxed).min(MAX_RANKS)
     }
 
     #[inline]
@@ -223,6 +232,7 @@ impl Directory {
             self.kinds.set(index, kinds_of(index));
         }
         self.ranks.store(ranks.len() as u32, Relaxed);
+        self.bits.store(ranks.iter().map(|l| l.index + 1).max().unwrap_or(0), Relaxed);
         self.complex.store(ranks.iter().filter(|l| l.complex).count() as u32, Relaxed);
         self.version.store(version + 2, Release);
     }
@@ -252,6 +262,10 @@ impl Shared {
             slab: Words::new(1 << 12),
             directory: Directory::new(),
         }
+    }
+
+    pub(crate) fn hasher(&self) -> &PrefixHasher {
+        &self.hasher
     }
 
     /// The eight words of a header; empty for a run that never was.
