@@ -74,6 +74,8 @@ class Engine:
 
     def start(self):
         """Begin to start; `wait` says when it is healthy."""
+        if self.healthy():
+            raise RuntimeError(f"something answers at {self.url} already; end it first")
         with open(self.log, "ab") as log:
             # A session of its own, so that `kill` reaches its children and nothing else.
             self.process = subprocess.Popen(self.args, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,

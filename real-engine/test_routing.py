@@ -233,6 +233,7 @@ class Suite:
     def restart(self):
         victim = self.engines[0]
         victim.kill()
+        self.check(not victim.healthy(), "the killed engine still answers")
         for _ in range(25):
             self.turn("engine killed")
         self.reset_pending.clear()
