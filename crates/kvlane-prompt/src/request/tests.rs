@@ -1,3 +1,5 @@
+//! What a request body may say, and what is refused.
+
 use super::*;
 
 fn parse(endpoint: Endpoint, body: &str) -> Result<RequestFields, BadRequest> {

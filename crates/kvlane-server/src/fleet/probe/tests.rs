@@ -1,1 +1,1 @@
-
+//! Answers of engines, as recorded, and what is learnt from each.
