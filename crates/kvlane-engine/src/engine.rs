@@ -9,6 +9,10 @@
 //! all but the last; their events leave when the step ends. At least the last prompt token is always computed, so a prompt of n
 //! tokens hits at most `(n - 1) / block_size` blocks.
 //!
+//! With a host tier, blocks are copied to host memory when they become full, as vLLM's offloading connector does, and kept
+//! there least recently used last. A prompt that continues there after its device hit waits until those blocks are copied back,
+//! while others compute; they are then in both tiers.
+//!
 //! Time is whatever the caller says: [`Engine::next_step_at`] names the next moment at which something happens, and
 //! [`Engine::step`] makes it happen.
 
@@ -26,6 +30,8 @@ pub struct EngineConfig {
     pub block_size: BlockSize,
     /// Blocks of the device, one of which is a placeholder (as in vLLM's `num_gpu_blocks`); at least 2.
     pub blocks: u32,
+    /// Blocks of host memory, one of which is a placeholder; below 2 = no host tier.
+    pub host_blocks: u32,
     /// Requests that run at once (`max_num_seqs`); at least 1.
     pub max_running: u32,
     /// Tokens that a step computes at most (`max_num_batched_tokens`); at least 1.
@@ -46,6 +52,7 @@ impl EngineConfig {
         Self {
             block_size: BlockSize::new(16).expect("16 is not 0"),
             blocks: 56_057,
+            host_blocks: 0,
             max_running: 1_024,
             step_tokens: 8_192,
             max_waiting: 1 << 20,
@@ -118,7 +125,7 @@ pub struct StepOutput {
 pub struct Load {
     /// Requests in the batch.
     pub running: u32,
-    /// Requests that wait, those on their way through the front end included.
+    /// Requests that wait, those on their way through the front end or loading from host memory included.
     pub waiting: u32,
     /// Blocks that running requests hold.
     pub held_blocks: u32,
@@ -131,8 +138,10 @@ pub struct Load {
 pub struct Totals {
     /// Prompt tokens for which the cache was asked.
     pub queried_tokens: u64,
-    /// Prompt tokens that it had.
+    /// Prompt tokens that it had, in any tier.
     pub hit_tokens: u64,
+    /// Those of them that came from host memory.
+    pub host_hit_tokens: u64,
     /// Tokens of prompts computed or found.
     pub prompt_tokens: u64,
     /// Tokens generated.
@@ -175,12 +184,40 @@ impl Live {
     fn tokens(&self) -> u32 {
         self.prompt + self.produced
     }
+
+    /// The event that says that its blocks from `first` up to `end` entered `tier`.
+    fn stored(&self, tier: Tier, first: u32, end: u32) -> CacheEvent {
+        let content = self.content.as_ref();
+        CacheEvent {
+            event: KvEvent::Stored {
+                tier,
+                group: Group::default(),
+                parent: first.checked_sub(1).map(|parent| self.chain[parent as usize].engine),
+                blocks: self.chain[first as usize..end as usize].to_vec(),
+            },
+            content: content
+                .map(|content| StoredContent { content: Arc::clone(content), first_block: first }),
+        }
+    }
+}
+
+/// What becomes of the request at the head of the queue.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Admission {
+    /// It has to wait: its prompt does not fit into free blocks.
+    Refused,
+    /// It holds what is cached of it and may run.
+    Runs,
+    /// It holds all its blocks and waits for some of them to come from host memory.
+    Loads,
 }
 
 /// One data-parallel rank of an engine.
 pub struct Engine {
     config: EngineConfig,
     pool: BlockPool,
+    /// Blocks in host memory: nobody holds them, so all are in the pool's order of eviction.
+    host: Option<BlockPool>,
     slots: Vec<Option<Live>>,
     vacant: Vec<u32>,
     by_id: HashMap<RequestId, u32>,
@@ -189,6 +226,10 @@ pub struct Engine {
     arriving: BTreeSet<(u64, u64, u32)>,
     arrivals: u64,
     waiting: VecDeque<u32>,
+    /// Waiting for blocks from host memory: (ready, order of arrival, slot, device blocks hit, host blocks hit).
+    loading: BTreeSet<(u64, u64, u32, u32, u32)>,
+    /// Loaded: these hold blocks for their whole prompt, so they run before any other is admitted.
+    loaded: VecDeque<u32>,
     running: Vec<u32>,
     /// The batch of the step in progress: (slot, generation, whether it yields a token).
     batch: Vec<(u32, u32, bool)>,
@@ -213,6 +254,8 @@ impl Engine {
         );
         Self {
             pool: BlockPool::new(config.blocks),
+            host: (config.host_blocks >= 2 && config.prefix_caching)
+                .then(|| BlockPool::new(config.host_blocks)),
             config,
             slots: Vec::new(),
             vacant: Vec::new(),
@@ -221,6 +264,8 @@ impl Engine {
             arriving: BTreeSet::new(),
             arrivals: 0,
             waiting: VecDeque::new(),
+            loading: BTreeSet::new(),
+            loaded: VecDeque::new(),
             running: Vec::new(),
             batch: Vec::new(),
             ends_at: None,
@@ -287,6 +332,8 @@ impl Engine {
         let Some(slot) = self.by_id.get(&id).copied() else { return false };
         self.arriving.retain(|entry| entry.2 != slot);
         self.waiting.retain(|waiting| *waiting != slot);
+        self.loading.retain(|entry| entry.2 != slot);
+        self.loaded.retain(|loaded| *loaded != slot);
         self.running.retain(|running| *running != slot);
         self.vacate(slot);
         self.totals.cancelled += 1;
@@ -298,10 +345,14 @@ impl Engine {
         if self.ends_at.is_some() {
             return self.ends_at;
         }
-        if !self.waiting.is_empty() || !self.running.is_empty() {
+        // With nothing running and blocks held only by what is loading, the queue's head may have to wait for that.
+        let stuck = self.running.is_empty() && self.loaded.is_empty() && !self.loading.is_empty();
+        if !self.running.is_empty() || !self.loaded.is_empty() || (!self.waiting.is_empty() && !stuck) {
             return Some(self.clock);
         }
-        self.arriving.first().map(|entry| entry.0)
+        let arrives = self.arriving.first().map(|entry| entry.0);
+        let loads = self.loading.first().map(|entry| entry.0);
+        arrives.into_iter().chain(loads).min()
     }
 
     /// Ends the step that is over by `now_us`, if any, and starts the next one; `out` is overwritten.
@@ -325,6 +376,14 @@ impl Engine {
             self.arriving.pop_first();
             self.waiting.push_back(slot);
         }
+        while let Some((ready, _, slot, hit, host_hit)) = self.loading.first().copied() {
+            if ready > self.clock {
+                break;
+            }
+            self.loading.pop_first();
+            self.publish(slot, hit, hit + host_hit);
+            self.loaded.push_back(slot);
+        }
         let load = self.schedule();
         if !load.is_empty() {
             let length = self.config.timing.step_us(&load);
@@ -339,6 +398,9 @@ impl Engine {
     /// As in vLLM, the announcement leaves with the next step, so an idle engine says nothing yet.
     pub fn reset_prefix_cache(&mut self) -> bool {
         let cleared = self.pool.clear();
+        if let Some(host) = self.host.as_mut().filter(|_| cleared) {
+            host.clear();
+        }
         if cleared && self.config.prefix_caching {
             self.events.push(CacheEvent { event: KvEvent::Cleared { tier: None }, content: None });
         }
@@ -354,7 +416,8 @@ impl Engine {
     pub fn load(&self) -> Load {
         Load {
             running: self.running.len() as u32,
-            waiting: (self.waiting.len() + self.arriving.len()) as u32,
+            waiting: (self.waiting.len() + self.arriving.len() + self.loading.len() + self.loaded.len())
+                as u32,
             held_blocks: self.pool.usable() - self.pool.free(),
             usable_blocks: self.pool.usable(),
         }
@@ -374,6 +437,11 @@ impl Engine {
     /// progress has ended.
     pub fn pool(&self) -> &BlockPool {
         &self.pool
+    }
+
+    /// What lies in host memory; `None` without a host tier.
+    pub fn host_pool(&self) -> Option<&BlockPool> {
+        self.host.as_ref()
     }
 
     /// The engine hashes of a chain of blocks from the root.
@@ -476,11 +544,20 @@ impl Engine {
         }
 
         while !preempted && budget > 0 && self.running.len() < self.config.max_running as usize {
-            let Some(slot) = self.waiting.front().copied() else { break };
-            if !self.admit(slot) {
-                break;
-            }
-            self.waiting.pop_front();
+            let slot = if let Some(slot) = self.loaded.pop_front() {
+                slot
+            } else {
+                let Some(slot) = self.waiting.front().copied() else { break };
+                let admitted = self.admit(slot);
+                if admitted != Admission::Refused {
+                    self.waiting.pop_front();
+                }
+                match admitted {
+                    Admission::Refused => break,
+                    Admission::Loads => continue,
+                    Admission::Runs => slot,
+                }
+            };
             self.running.push(slot);
             let live = self.live(slot);
             let new = (live.tokens() - live.computed).min(budget);
@@ -493,7 +570,7 @@ impl Engine {
     }
 
     /// Takes up a waiting request: holds what is cached of it, if the rest of its prompt fits into free blocks.
-    fn admit(&mut self, slot: u32) -> bool {
+    fn admit(&mut self, slot: u32) -> Admission {
         let block_size = self.block_size();
         let caching = self.config.prefix_caching;
         let live = self.slots[slot as usize].as_mut().expect("the queue names only occupied slots");
@@ -503,65 +580,107 @@ impl Engine {
         let hit = self.pool.cached_run(&hashes);
         let needed = tokens.div_ceil(block_size) - hit as u32;
         if needed + self.pool.unheld(&hashes[..hit]) > self.pool.free() {
-            return false;
+            return Admission::Refused;
         }
         for hash in &hashes[..hit] {
             live.blocks.push(self.pool.hold(*hash).expect("found a moment ago"));
         }
-        live.computed = hit as u32 * block_size;
-        live.published = hit as u32;
+        let mut host_hit = 0;
+        if let Some(host) = &mut self.host {
+            host_hit = host.cached_run(&hashes[hit..]);
+            host.refresh(&hashes[..hit + host_hit]);
+        }
+        let found = (hit + host_hit) as u32;
+        live.computed = found * block_size;
+        live.published = found;
         if live.cached_tokens.is_none() {
             live.cached_tokens = Some(live.computed);
             self.totals.prompt_tokens += u64::from(live.prompt);
             self.totals.queried_tokens += u64::from(if caching { live.prompt } else { 0 });
             self.totals.hit_tokens += u64::from(live.computed);
+            self.totals.host_hit_tokens += host_hit as u64 * u64::from(block_size);
         }
-        true
+        if host_hit == 0 {
+            return Admission::Runs;
+        }
+        // All at once, so that it never waits for blocks while it holds some.
+        let allocated = self.allocate(slot, needed);
+        debug_assert!(allocated, "counted a moment ago");
+        self.arrivals += 1;
+        let ready = self.clock + self.config.timing.host_load_us(host_hit as u32 * block_size);
+        self.loading.insert((ready, self.arrivals, slot, hit as u32, host_hit as u32));
+        Admission::Loads
     }
 
     /// Gives a request the blocks for `new` more tokens and publishes those that these fill; `false` if there are too few.
     fn grow(&mut self, slot: u32, new: u32) -> bool {
         let block_size = self.block_size();
-        let live = self.slots[slot as usize].as_mut().expect("queues name only occupied slots");
-        let needed = (live.computed + new).div_ceil(block_size).saturating_sub(live.blocks.len() as u32);
-        if needed > 0 {
-            self.evicted.clear();
-            if !self.pool.allocate(needed, &mut live.blocks, &mut self.evicted) {
-                return false;
-            }
-            if !self.evicted.is_empty() {
-                self.events.push(CacheEvent {
-                    event: KvEvent::Removed {
-                        tier: Tier::Device,
-                        group: GroupId::default(),
-                        hashes: self.evicted.clone(),
-                    },
-                    content: None,
-                });
-            }
+        let live = self.live(slot);
+        let end = live.computed + new;
+        let published = live.published;
+        let needed = end.div_ceil(block_size).saturating_sub(live.blocks.len() as u32);
+        if !self.allocate(slot, needed) {
+            return false;
         }
-        let full = (live.computed + new) / block_size;
-        if self.config.prefix_caching && full > live.published {
-            let first = live.published;
-            let blocks = &live.chain[first as usize..full as usize];
-            for (block, physical) in blocks.iter().zip(&live.blocks[first as usize..]) {
-                self.pool.publish(*physical, block.engine);
-            }
-            self.events.push(CacheEvent {
-                event: KvEvent::Stored {
-                    tier: Tier::Device,
-                    group: Group::default(),
-                    parent: first.checked_sub(1).map(|parent| live.chain[parent as usize].engine),
-                    blocks: blocks.to_vec(),
-                },
-                content: live
-                    .content
-                    .as_ref()
-                    .map(|content| StoredContent { content: Arc::clone(content), first_block: first }),
-            });
-            live.published = full;
+        let full = end / block_size;
+        if self.config.prefix_caching && full > published {
+            self.live(slot).published = full;
+            self.publish(slot, published, full);
+            self.offload(slot, published, full);
         }
         true
+    }
+
+    /// Takes free blocks for a request and announces what that evicts.
+    fn allocate(&mut self, slot: u32, count: u32) -> bool {
+        let live = self.slots[slot as usize].as_mut().expect("queues name only occupied slots");
+        self.evicted.clear();
+        let allocated = count == 0 || self.pool.allocate(count, &mut live.blocks, &mut self.evicted);
+        self.announce_evicted(Tier::Device);
+        allocated
+    }
+
+    /// Makes a request's blocks from `first` up to `end` findable in the device tier.
+    fn publish(&mut self, slot: u32, first: u32, end: u32) {
+        let live = self.slots[slot as usize].as_ref().expect("queues name only occupied slots");
+        let range = first as usize..end as usize;
+        for (block, physical) in live.chain[range.clone()].iter().zip(&live.blocks[range]) {
+            self.pool.publish(*physical, block.engine);
+        }
+        let event = live.stored(Tier::Device, first, end);
+        self.events.push(event);
+    }
+
+    /// Copies a request's blocks from `first` up to `end` to host memory, where they are not there yet.
+    fn offload(&mut self, slot: u32, first: u32, end: u32) {
+        let Some(host) = &mut self.host else { return };
+        let live = self.slots[slot as usize].as_ref().expect("queues name only occupied slots");
+        self.evicted.clear();
+        let mut new = Vec::new();
+        for position in first..end {
+            let hash = live.chain[position as usize].engine;
+            if host.refresh(std::slice::from_ref(&hash)) {
+                continue;
+            }
+            let mut block = Vec::with_capacity(1);
+            if host.allocate(1, &mut block, &mut self.evicted) {
+                host.publish(block[0], hash);
+                host.release(&block);
+                new.push(position);
+            }
+        }
+        self.announce_evicted(Tier::Host);
+        let live = self.slots[slot as usize].as_ref().expect("as a moment ago");
+        for run in new.chunk_by(|a, b| a + 1 == *b) {
+            self.events.push(live.stored(Tier::Host, run[0], run[run.len() - 1] + 1));
+        }
+    }
+
+    fn announce_evicted(&mut self, tier: Tier) {
+        if !self.evicted.is_empty() {
+            let event = KvEvent::Removed { tier, group: GroupId::default(), hashes: self.evicted.clone() };
+            self.events.push(CacheEvent { event, content: None });
+        }
     }
 
     /// Counts a request's part of the step.

@@ -124,6 +124,24 @@ impl BlockPool {
         Some(BlockId(id))
     }
 
+    /// Makes these blocks, as far as they are cached, the most recently used; whether all of them are cached.
+    ///
+    /// For pools whose blocks nobody holds. Of a chain the tail stays the first to be evicted.
+    pub fn refresh(&mut self, chain: &[EngineHash]) -> bool {
+        let mut all = true;
+        for hash in chain.iter().rev() {
+            match self.find(*hash) {
+                Some(id) if self.slots[id as usize].refs == 0 => {
+                    self.unlink_free(id);
+                    self.push_back(id);
+                }
+                Some(_) => {}
+                None => all = false,
+            }
+        }
+        all
+    }
+
     /// Takes `count` free blocks, least recently used first, and appends the hashes that this evicts to `evicted`.
     ///
     /// Takes nothing and returns `false` if there are not enough.

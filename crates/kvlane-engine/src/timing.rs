@@ -97,12 +97,16 @@ impl Timing {
         if step.new_tokens > 0 {
             ms += at(self.linear, f64::from(step.new_tokens))
                 + self.attention * step.pairs
-                + at(self.paging, f64::from(step.longest_context))
-                + self.host_load * f64::from(step.host_tokens);
+                + at(self.paging, f64::from(step.longest_context));
         } else {
             ms += self.idle;
         }
         self.us(ms)
+    }
+
+    /// Time to copy `tokens` back from host memory, in microseconds; other requests compute meanwhile.
+    pub fn host_load_us(&self, tokens: u32) -> u64 {
+        self.us(self.host_load * f64::from(tokens))
     }
 
     /// What the engine needs for one prompt on its own, from its queue to the first token, in microseconds.
@@ -132,7 +136,6 @@ pub struct StepLoad {
     new_tokens: u32,
     pairs: f64,
     longest_context: u32,
-    host_tokens: u32,
     decodes: u32,
     decode_context: u64,
 }
@@ -149,11 +152,6 @@ impl StepLoad {
     pub fn add_decode(&mut self, context: u32) {
         self.decodes += 1;
         self.decode_context += u64::from(context);
-    }
-
-    /// Adds tokens that are copied back from host memory before the step.
-    pub fn add_host_load(&mut self, tokens: u32) {
-        self.host_tokens += tokens;
     }
 
     /// Prompt tokens and decoded tokens of the step.

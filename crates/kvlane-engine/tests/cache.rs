@@ -1,12 +1,15 @@
 //! What the events say is what the cache holds, whatever the requests: compared with the index's oracle.
 
-use kvlane_engine::{Engine, EngineConfig, Request, RequestId, StepOutput};
+use kvlane_engine::{BlockPool, Engine, EngineConfig, Request, RequestId, StepOutput};
 use kvlane_index::reference::Oracle;
-use kvlane_index::{BlockHash, BlockSize, EngineHash, IndexConfig, KvEvent, MAX_COPIES, Worker};
+use kvlane_index::{BlockHash, BlockSize, EngineHash, IndexConfig, KvEvent, MAX_COPIES, Tier, Worker};
 use proptest::prelude::*;
 use std::collections::HashMap;
 
 const BLOCK: u32 = 4;
+
+/// How often each tier holds each block.
+type Copies = HashMap<(Tier, EngineHash), u32>;
 
 /// A request of a small world in which prompts share prefixes.
 #[derive(Clone, Debug)]
@@ -38,14 +41,14 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
     #[test]
-    fn events_tell_the_truth(asks in asks(), blocks in 24u32..60, step_tokens in 5u32..80, reset in any::<bool>()) {
+    fn events_tell_the_truth(asks in asks(), blocks in 24u32..60, step_tokens in 5u32..80, reset in any::<bool>(), host_blocks in prop::sample::select(vec![0u32, 20, 90])) {
         let block_size = BlockSize::new(BLOCK).unwrap();
         let mut engine = Engine::new(EngineConfig {
-            block_size, blocks, step_tokens, max_running: 4, ..EngineConfig::h200_llama_8b()
+            block_size, blocks, step_tokens, host_blocks, max_running: 4, ..EngineConfig::h200_llama_8b()
         });
         let worker = Worker::new(1, 0);
         let mut index = Oracle::new(&IndexConfig::new(block_size));
-        let mut copies: HashMap<EngineHash, u32> = HashMap::new();
+        let mut copies: Copies = HashMap::new();
         let mut most_copies = 0;
         let (mut out, mut now, mut open) = (StepOutput::default(), 0, HashMap::new());
         let mut cancel = None;
@@ -109,26 +112,20 @@ fn answered(out: &StepOutput, open: &mut HashMap<RequestId, (u32, u32)>) -> Resu
     Ok(())
 }
 
-fn apply(
-    index: &mut Oracle,
-    worker: Worker,
-    out: &StepOutput,
-    copies: &mut HashMap<EngineHash, u32>,
-    most_copies: &mut u32,
-) {
+fn apply(index: &mut Oracle, worker: Worker, out: &StepOutput, copies: &mut Copies, most_copies: &mut u32) {
     for event in &out.events {
         let _counts = index.apply(worker, &event.event);
         match &event.event {
-            KvEvent::Stored { blocks, .. } => {
+            KvEvent::Stored { tier, blocks, .. } => {
                 for block in blocks {
-                    let count = copies.entry(block.engine).or_default();
+                    let count = copies.entry((*tier, block.engine)).or_default();
                     *count += 1;
                     *most_copies = (*most_copies).max(*count);
                 }
             }
-            KvEvent::Removed { hashes, .. } => {
+            KvEvent::Removed { tier, hashes, .. } => {
                 for hash in hashes {
-                    *copies.get_mut(hash).expect("removed after it was stored") -= 1;
+                    *copies.get_mut(&(*tier, *hash)).expect("removed after it was stored") -= 1;
                 }
             }
             KvEvent::Cleared { .. } => copies.clear(),
@@ -141,22 +138,29 @@ fn compare(
     engine: &Engine,
     index: &Oracle,
     worker: Worker,
-    copies: &HashMap<EngineHash, u32>,
+    copies: &Copies,
     most_copies: u32,
 ) -> Result<(), TestCaseError> {
-    let mut held: Vec<_> = engine.pool().contents().collect();
-    let mut said: Vec<_> = copies.iter().filter(|c| *c.1 > 0).map(|(hash, count)| (*hash, *count)).collect();
+    let device = engine.pool().contents().map(|(hash, count)| ((Tier::Device, hash), count));
+    let host = engine.host_pool().into_iter().flat_map(BlockPool::contents);
+    let mut held: Vec<_> = device.chain(host.map(|(hash, count)| ((Tier::Host, hash), count))).collect();
+    let mut said: Vec<_> =
+        copies.iter().filter(|c| *c.1 > 0).map(|(block, count)| (*block, *count)).collect();
     held.sort_unstable();
     said.sort_unstable();
     prop_assert_eq!(&held, &said, "stored minus removed is what is held, copy by copy");
     for family in 0..5 {
         let prompt = chain(family, 30);
-        let truth = engine.pool().cached_run(&engine.engine_hashes(&prompt)) as u32;
-        let told = index.overlap(&prompt).get(worker).map_or(0, |overlap| overlap.device);
+        let hashes = engine.engine_hashes(&prompt);
+        let device = engine.pool().cached_run(&hashes);
+        let host = engine.host_pool().map_or(0, |host| host.cached_run(&hashes[device..]));
+        let truth = (device as u32, host as u32);
+        let told =
+            index.overlap(&prompt).get(worker).map_or((0, 0), |overlap| (overlap.device, overlap.host));
         if most_copies <= u32::from(MAX_COPIES) {
-            prop_assert_eq!(told, truth, "family {}", family);
+            prop_assert_eq!(told, truth, "family {}: (device, host)", family);
         } else {
-            prop_assert!(told <= truth, "family {}: {} told, {} held", family, told, truth);
+            prop_assert!(told.0 <= truth.0, "family {}: {:?} told, {:?} held", family, told, truth);
         }
     }
     Ok(())

@@ -76,6 +76,10 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 8_192, value_name = "BLOCKS", value_parser = clap::value_parser!(u32).range(2..))]
     blocks: u32,
 
+    /// Blocks of host memory beside each rank's cache, to which blocks are offloaded; 0 = none.
+    #[arg(long, default_value_t = 0, value_name = "BLOCKS")]
+    host_blocks: u32,
+
     /// Data-parallel ranks: each has a cache, an event publisher and a replay socket of its own.
     #[arg(long, default_value_t = 1, value_name = "RANKS", value_parser = clap::value_parser!(u32).range(1..=64))]
     ranks: u32,
@@ -207,6 +211,8 @@ impl From<Args> for Config {
         let engine = EngineConfig {
             block_size: BlockSize::new(args.block_size).expect("the argument's range begins at 1"),
             blocks: args.blocks,
+            // One of the pool's blocks is a placeholder.
+            host_blocks: args.host_blocks.saturating_add(1),
             max_running: args.max_running,
             step_tokens: args.step_tokens,
             prefix_caching: !args.no_prefix_caching,
