@@ -40,6 +40,9 @@ pub struct EngineConfig {
     pub max_waiting: u32,
     /// Whether prefixes are cached at all.
     pub prefix_caching: bool,
+    /// Whether a step is put together while the one before it runs (vLLM's default): a request that comes to a busy engine
+    /// misses the step that follows, which was decided before.
+    pub async_scheduling: bool,
     /// Seed of the engine hashes: equal seeds give equal names to equal prefixes, as in vLLM from 0.29 on.
     pub hash_seed: u64,
     /// How long things take.
@@ -57,6 +60,7 @@ impl EngineConfig {
             step_tokens: 8_192,
             max_waiting: 1 << 20,
             prefix_caching: true,
+            async_scheduling: true,
             hash_seed: 0,
             timing: Timing::h200_llama_8b(),
         }
@@ -233,8 +237,8 @@ pub struct Engine {
     running: Vec<u32>,
     /// The batch of the step in progress: (slot, generation, whether it yields a token).
     batch: Vec<(u32, u32, bool)>,
-    /// When the step in progress ends.
-    ends_at: Option<u64>,
+    /// When the step in progress began and ends.
+    in_progress: Option<(u64, u64)>,
     /// The latest moment that anything happened at.
     clock: u64,
     events: Vec<CacheEvent>,
@@ -268,7 +272,7 @@ impl Engine {
             loaded: VecDeque::new(),
             running: Vec::new(),
             batch: Vec::new(),
-            ends_at: None,
+            in_progress: None,
             clock: 0,
             events: Vec::new(),
             evicted: Vec::new(),
@@ -342,8 +346,8 @@ impl Engine {
 
     /// When [`Self::step`] has something to do; `None` while the engine is idle. May lie in the past.
     pub fn next_step_at(&self) -> Option<u64> {
-        if self.ends_at.is_some() {
-            return self.ends_at;
+        if let Some((_, ends_at)) = self.in_progress {
+            return Some(ends_at);
         }
         // With nothing running and blocks held only by what is loading, the queue's head may have to wait for that.
         let stuck = self.running.is_empty() && self.loaded.is_empty() && !self.loading.is_empty();
@@ -365,12 +369,16 @@ impl Engine {
         out.events.clear();
         let Some(at) = self.next_step_at().filter(|at| *at <= now_us) else { return };
         self.clock = self.clock.max(at);
-        if self.ends_at.take().is_some() {
+        let mut decided_at = self.clock;
+        if let Some((began_at, _)) = self.in_progress.take() {
             out.at_us = at;
             self.end_step(out);
+            if self.config.async_scheduling {
+                decided_at = began_at;
+            }
         }
         while let Some((ready, _, slot)) = self.arriving.first().copied() {
-            if ready > self.clock {
+            if ready > decided_at {
                 break;
             }
             self.arriving.pop_first();
@@ -389,7 +397,7 @@ impl Engine {
             let length = self.config.timing.step_us(&load);
             self.totals.steps += 1;
             self.totals.busy_us += length;
-            self.ends_at = Some(self.clock + length);
+            self.in_progress = Some((self.clock, self.clock + length));
         }
     }
 

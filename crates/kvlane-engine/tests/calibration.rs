@@ -195,7 +195,7 @@ fn a_prompt_among_decodes() {
         let stall = running.iter().map(gaps).max().unwrap_or(0) as f64 / 1e3;
         stalls.push((what, point["itl_max_ms"].as_f64().unwrap(), stall));
     }
-    ttft.within(0.085, 0.19);
+    ttft.within(0.04, 0.10);
     let mut itl = Fit::new("a prompt among decodes: itl_max_ms");
     for (what, measured, model) in stalls {
         itl.add(&what, measured, model);
