@@ -3,6 +3,7 @@
 mod audit;
 pub mod clock;
 pub mod config;
+pub mod doctor;
 mod explain;
 pub mod fleet;
 mod gateway;

@@ -4,6 +4,7 @@
 //! stdout stays free for what a subcommand is asked for.
 
 mod demo;
+mod events_cmd;
 mod mock_engine;
 mod serve;
 mod simulate;
@@ -34,6 +35,8 @@ enum Command {
     /// Compare routing policies on a request trace: no GPU, no sockets, one seed gives one result.
     #[command(visible_alias = "sim")]
     Simulate(Box<simulate::Args>),
+    /// Look at, keep and play engines' event streams; examine an engine (`kvlane events check URL`).
+    Events(events_cmd::Args),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -52,6 +55,7 @@ fn main() -> anyhow::Result<()> {
             Command::Demo(args) => demo::run(args).await,
             Command::MockEngine(args) => mock_engine::run(*args).await,
             Command::Simulate(args) => simulate::run(&args),
+            Command::Events(args) => events_cmd::run(args).await,
         }
     })
 }

@@ -13,10 +13,12 @@ mod lane;
 mod publisher;
 mod socket;
 mod stats;
+mod tap;
 mod weighed;
 pub(crate) mod zmtp;
 
 pub(crate) use lane::{Lane, Work};
 pub(crate) use publisher::{Following, Report, follow};
 pub(crate) use stats::RankCounters;
-pub use stats::RankStats;
+pub use stats::{AppliedTotals, RankStats};
+pub use tap::{Tap, Tapped};

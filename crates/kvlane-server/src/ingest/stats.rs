@@ -60,16 +60,27 @@ impl RankStats {
 /// Sums of [`Applied`], which counts one event; each figure as there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct AppliedTotals {
+    /// Newly held blocks.
     pub stored: u64,
+    /// One more copy of a held block.
     pub copies: u64,
+    /// Held with all countable copies already.
     pub duplicates: u64,
+    /// Stored without a known place in a prompt.
     pub orphaned: u64,
+    /// Orphans that found their place.
     pub linked: u64,
+    /// Engine hashes that moved to another place.
     pub rebound: u64,
+    /// Copies taken.
     pub removed: u64,
+    /// Removals of what was not held.
     pub unknown: u64,
+    /// Dropped by a clear or a removal of the worker.
     pub cleared: u64,
+    /// Not taken in because of a bound.
     pub refused: u64,
+    /// Shed to stay inside the memory budget.
     pub shed: u64,
 }
 

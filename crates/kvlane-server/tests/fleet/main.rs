@@ -1,6 +1,7 @@
 //! Probing, health, and the way of events into the index, over real sockets.
 
 mod captures;
+mod doctor;
 mod support;
 
 use axum::http::StatusCode;

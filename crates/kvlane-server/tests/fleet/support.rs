@@ -184,6 +184,11 @@ pub struct Http {
 
 impl Http {
     pub async fn start(says: Says, port: u16) -> Self {
+        Self::start_with(says, port, Router::new()).await
+    }
+
+    /// With more routes.
+    pub async fn start_with(says: Says, port: u16, more: Router) -> Self {
         let listener = loop {
             match TcpListener::bind(("127.0.0.1", port)).await {
                 Ok(listener) => break listener,
@@ -191,7 +196,7 @@ impl Http {
             }
         };
         let address = listener.local_addr().unwrap();
-        let mut app = Router::new()
+        let mut app = more
             .route("/v1/models", get(async move || axum::Json(says.models)))
             .route("/version", get(async move || axum::Json(says.version)))
             .route("/metrics", get(async move || says.metrics))

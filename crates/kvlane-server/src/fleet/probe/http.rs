@@ -1,9 +1,9 @@
-//! One bounded `GET` on a connection of its own.
+//! One bounded request on a connection of its own.
 //!
 //! Probes do not share the gateway's pool: whether a *new* connection is accepted is part of what they ask.
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Empty, LengthLimitError, Limited};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::StatusCode;
 use hyper_util::rt::TokioIo;
 use std::fmt;
@@ -50,10 +50,36 @@ impl Answer {
 
 /// `GET base + path`.
 pub(crate) async fn get(base: &http::Uri, path: &str, limit: Duration) -> Result<Answer, GetError> {
-    tokio::time::timeout(limit, exchange(base, path)).await.unwrap_or(Err(GetError::Timeout(limit)))
+    let request = hyper::Request::get(target(base, path));
+    tokio::time::timeout(limit, exchange(base, request, Bytes::new()))
+        .await
+        .unwrap_or(Err(GetError::Timeout(limit)))
 }
 
-async fn exchange(base: &http::Uri, path: &str) -> Result<Answer, GetError> {
+/// `POST base + path` with a JSON body, for data-parallel rank `rank`.
+pub(crate) async fn post(
+    base: &http::Uri,
+    path: &str,
+    body: &serde_json::Value,
+    rank: u32,
+    limit: Duration,
+) -> Result<Answer, GetError> {
+    let request = hyper::Request::post(target(base, path))
+        .header(hyper::header::CONTENT_TYPE, "application/json")
+        .header("x-data-parallel-rank", rank);
+    let body = Bytes::from(body.to_string());
+    tokio::time::timeout(limit, exchange(base, request, body)).await.unwrap_or(Err(GetError::Timeout(limit)))
+}
+
+fn target(base: &http::Uri, path: &str) -> String {
+    format!("{}{path}", base.path().trim_end_matches('/'))
+}
+
+async fn exchange(
+    base: &http::Uri,
+    request: http::request::Builder,
+    body: Bytes,
+) -> Result<Answer, GetError> {
     let host = base.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
     let stream = TcpStream::connect((host, base.port_u16().unwrap_or(80)))
         .await
@@ -61,12 +87,11 @@ async fn exchange(base: &http::Uri, path: &str) -> Result<Answer, GetError> {
     let failed = |e: hyper::Error| GetError::Http(e.to_string());
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(failed)?;
-    let prefix = base.path().trim_end_matches('/');
-    let request = hyper::Request::get(format!("{prefix}{path}"))
+    let request = request
         .header(hyper::header::HOST, base.authority().map_or("", |a| a.as_str()))
         .header(hyper::header::USER_AGENT, "kvlane")
         .header(hyper::header::CONNECTION, "close")
-        .body(Empty::<Bytes>::new())
+        .body(Full::new(body))
         .map_err(|e| GetError::Http(e.to_string()))?;
     let exchange = async {
         let response = sender.send_request(request).await.map_err(failed)?;

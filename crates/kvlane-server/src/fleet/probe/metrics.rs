@@ -2,15 +2,15 @@
 
 /// One sample: name, labels in order, value.
 #[derive(Debug, PartialEq)]
-pub(super) struct Sample<'a> {
-    pub(super) name: &'a str,
+pub(crate) struct Sample<'a> {
+    pub(crate) name: &'a str,
     labels: &'a str,
-    pub(super) value: f64,
+    pub(crate) value: f64,
 }
 
 impl<'a> Sample<'a> {
     /// The label's value as written (escapes are not resolved: no label read here has any).
-    pub(super) fn label(&self, name: &str) -> Option<&'a str> {
+    pub(crate) fn label(&self, name: &str) -> Option<&'a str> {
         let mut rest = self.labels;
         loop {
             let (key, after) = rest.split_once("=\"")?;
@@ -37,7 +37,7 @@ fn end_of_quoted(text: &str) -> Option<usize> {
 }
 
 /// All samples; lines that are none are skipped.
-pub(super) fn samples(text: &str) -> impl Iterator<Item = Sample<'_>> {
+pub(crate) fn samples(text: &str) -> impl Iterator<Item = Sample<'_>> {
     text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| {
         let (head, labels, rest) = match line.find('{') {
             None => {

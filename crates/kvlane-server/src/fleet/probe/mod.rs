@@ -6,11 +6,10 @@
 //! What the engine says wins over defaults, and what the operator says wins over both.
 
 mod http;
-mod metrics;
+pub(crate) mod metrics;
 mod said;
 
-pub(crate) use self::http::GetError;
-use self::http::get;
+pub(crate) use self::http::{GetError, get, post};
 use self::said::Said;
 use crate::config::{Endpoint, EventsSetting, WorkerSpec};
 use crate::fleet::{EngineKind, Facts, Publisher, Source};
