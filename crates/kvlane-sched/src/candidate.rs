@@ -34,6 +34,11 @@ impl Profile {
         }
     }
 
+    /// Whether it has a label.
+    pub fn has_label(&self, label: &str) -> bool {
+        self.labels.iter().any(|l| **l == *label)
+    }
+
     /// Tokens that the device tier holds, where the engine said so.
     pub fn kv_tokens(&self) -> Option<u64> {
         self.limits.kv_blocks.map(|b| u64::from(b) * u64::from(self.block_size_tokens))
@@ -88,6 +93,18 @@ impl OverlapTokens {
     }
 }
 
+/// Whether the adapter (LoRA) that a request asks for is in the worker's memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Adapter {
+    /// It asks for none.
+    #[default]
+    NotNeeded,
+    /// It is there.
+    Resident,
+    /// The worker has to load it first.
+    Absent,
+}
+
 /// A worker offered for one request. The caller offers only workers that serve the request's model and are healthy.
 #[derive(Clone, Copy, Debug)]
 pub struct Candidate<'a> {
@@ -99,6 +116,8 @@ pub struct Candidate<'a> {
     pub overlap: OverlapTokens,
     /// How far `overlap` can be believed, 0 to 1: 1 = events applied and in step, less while a gap is being recovered, 0 = unknown.
     pub trust: f64,
+    /// The request's adapter.
+    pub adapter: Adapter,
     /// It finishes what it has and takes nothing new.
     pub draining: bool,
 }
@@ -111,6 +130,7 @@ impl<'a> Candidate<'a> {
             profile,
             overlap: OverlapTokens { device: 0, predicted: 0, host: 0, disk: 0, external: 0 },
             trust: 1.0,
+            adapter: Adapter::NotNeeded,
             draining: false,
         }
     }

@@ -20,6 +20,10 @@ pub enum FilterReason {
     Draining,
     /// The request is pinned to another.
     NotPinned,
+    /// The request may not go there.
+    NotAllowed,
+    /// It lacks a label that the request requires.
+    MissingLabel,
     /// The policy compares a random few, and it was not among them.
     NotSampled,
 }
@@ -30,6 +34,8 @@ impl FilterReason {
         match self {
             Self::Draining => "draining",
             Self::NotPinned => "not_pinned",
+            Self::NotAllowed => "not_allowed",
+            Self::MissingLabel => "missing_label",
             Self::NotSampled => "not_sampled",
         }
     }
@@ -104,6 +110,8 @@ pub struct Decision {
     pub(crate) fleet_kv_tokens: u64,
     /// Scratch of the pick, kept for its memory.
     pub(crate) ranking: Vec<u32>,
+    /// Likewise: the rows of `order`.
+    pub(crate) best: Vec<u32>,
 }
 
 impl Decision {

@@ -33,17 +33,21 @@ const TELLING_OUTPUT_TOKENS: u32 = 8;
 const MAX_MODELS: usize = 4096;
 
 /// A mean of logarithms.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Factor {
     log: f64,
+    /// `exp(log)`, since it is asked for at every decision.
+    value: f64,
     weight: f64,
 }
 
-impl Factor {
-    fn value(self) -> f64 {
-        self.log.exp()
+impl Default for Factor {
+    fn default() -> Self {
+        Self { log: 0.0, value: 1.0, weight: 0.0 }
     }
+}
 
+impl Factor {
     fn learn(&mut self, value: f64, weight: f64) {
         if !value.is_finite() || value <= 0.0 || weight <= 0.0 {
             return;
@@ -53,6 +57,7 @@ impl Factor {
         self.weight += weight;
         let gain = (weight / self.weight).max(GAIN * weight).min(1.0);
         self.log = (self.log + gain * off).clamp(-SLOWEST.ln(), SLOWEST.ln());
+        self.value = self.log.exp();
     }
 }
 
@@ -115,7 +120,7 @@ impl Learnt {
     /// The rates of `worker`; those of the fleet where nothing is known of it.
     pub(crate) fn rates(&self, worker: Worker) -> Rates {
         let own = self.workers.get(&worker).copied().unwrap_or_default();
-        let pick = |own: Factor, fleet: Factor| if own.weight > 0.0 { own.value() } else { fleet.value() };
+        let pick = |own: Factor, fleet: Factor| if own.weight > 0.0 { own.value } else { fleet.value };
         Rates {
             prefill_factor: pick(own.prefill, self.fleet.prefill),
             decode_factor: pick(own.decode, self.fleet.decode),
@@ -142,7 +147,7 @@ impl Learnt {
         let start = self.fleet.prefill;
         let own = &mut self.workers.entry(sample.worker).or_default().prefill;
         if own.weight == 0.0 && start.weight > 0.0 {
-            *own = Factor { log: start.log, weight: 0.0 };
+            *own = Factor { weight: 0.0, ..start };
         }
         own.learn(ratio, weight);
         self.fleet.prefill.learn(ratio, weight);

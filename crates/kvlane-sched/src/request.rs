@@ -34,6 +34,17 @@ impl Pin {
     }
 }
 
+/// Where a request must, may or would rather go.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct Wishes<'a> {
+    /// Labels (`key=value`) that its worker must have.
+    pub required: &'a [&'a str],
+    /// Labels that its worker should have, each with the milliseconds that it is worth; only policies that decide in milliseconds weigh them.
+    pub preferred: &'a [(&'a str, f64)],
+    /// Only these workers may serve it; `None` = any.
+    pub allowed: Option<&'a [Worker]>,
+}
+
 /// One request, as the scheduler sees it.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
@@ -51,6 +62,8 @@ pub struct Request<'a> {
     pub max_output_tokens: Option<u32>,
     /// Only this worker (or these) may serve it.
     pub pinned: Option<Pin>,
+    /// Where it must or would rather go.
+    pub wishes: Wishes<'a>,
     /// Greater = sooner, where requests queue. 0 = ordinary.
     pub priority: i32,
     /// Hash of the session (conversation) key that the client sent, if any.
@@ -73,6 +86,7 @@ impl Request<'_> {
             expected_output_tokens: None,
             max_output_tokens: None,
             pinned: None,
+            wishes: Wishes { required: &[], preferred: &[], allowed: None },
             priority: 0,
             session: None,
             blocks: &[],

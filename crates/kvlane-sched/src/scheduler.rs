@@ -227,8 +227,13 @@ fn usable_tokens(candidate: &Candidate<'_>, prompt_tokens: u32) -> u32 {
 }
 
 fn filter(request: &Request<'_>, candidate: &Candidate<'_>) -> Option<FilterReason> {
+    let wishes = &request.wishes;
     if request.pinned.is_some_and(|pin| !pin.admits(candidate.worker)) {
         Some(FilterReason::NotPinned)
+    } else if wishes.allowed.is_some_and(|allowed| !allowed.contains(&candidate.worker)) {
+        Some(FilterReason::NotAllowed)
+    } else if !wishes.required.iter().all(|label| candidate.profile.has_label(label)) {
+        Some(FilterReason::MissingLabel)
     } else if candidate.draining {
         Some(FilterReason::Draining)
     } else {
@@ -250,24 +255,23 @@ fn draw(decision: &mut Decision, sample: usize, rng: &mut Rng) {
 
 /// Orders the best rows and draws among equals.
 fn pick(decision: &mut Decision, rng: &mut Rng) {
-    let Decision { rows, ranking, order, picked_because, .. } = decision;
+    let Decision { rows, ranking, order, best, picked_because, .. } = decision;
     // Shuffling first makes every order of equals as likely, also after the first: failover must not herd either.
     for i in (1..ranking.len()).rev() {
         ranking.swap(i, rng.below(i + 1));
     }
     let cost = |i: u32| rows[i as usize].total;
-    let shown = ranking.len().min(MAX_ORDER);
-    for place in 0..shown {
-        let mut best = place;
-        for i in place + 1..ranking.len() {
-            if cost(ranking[i]) < cost(ranking[best]) {
-                best = i;
-            }
+    best.clear();
+    for i in ranking.iter() {
+        if best.len() == MAX_ORDER && cost(*i) >= cost(best[MAX_ORDER - 1]) {
+            continue;
         }
-        ranking.swap(place, best);
+        best.truncate(MAX_ORDER - 1);
+        let place = best.partition_point(|b| cost(*b) <= cost(*i));
+        best.insert(place, *i);
     }
-    order.extend(ranking[..shown].iter().map(|i| rows[*i as usize].worker));
-    let least = cost(ranking[0]);
+    order.extend(best.iter().map(|i| rows[*i as usize].worker));
+    let least = cost(best[0]);
     let among = ranking.iter().filter(|i| cost(**i) <= least).count() as u32;
     *picked_because = match (ranking.len(), among) {
         (1, _) => PickedBecause::OnlyOne,

@@ -386,3 +386,39 @@ fn an_idle_fleet_fills_its_caches_evenly() {
     }
     assert!(counts.iter().all(|c| (40..70).contains(c)), "{counts:?}");
 }
+
+#[test]
+fn wishes_filter_or_weigh() {
+    let mut east = Profile::new(16);
+    east.labels = vec!["zone=east".into(), "gpu=h200".into()];
+    let mut west = Profile::new(16);
+    west.labels = vec!["zone=west".into()];
+    let mut candidates = [
+        Candidate::new(Worker::new(0, 0), &east),
+        Candidate::new(Worker::new(1, 0), &west),
+        Candidate::new(Worker::new(2, 0), &west),
+    ];
+    let s = scheduler("kv");
+    let mut rng = Rng::new(1);
+    let mut request = Request::new(RequestId(1), 1000);
+    request.wishes.required = &["zone=west"];
+    let d = decide(&s, &request, &candidates, &mut rng);
+    assert_eq!((d.order.len(), d.rows[0].filtered), (2, Some(FilterReason::MissingLabel)));
+    let allowed = [Worker::new(2, 0)];
+    request.wishes.allowed = Some(&allowed);
+    let d = decide(&s, &request, &candidates, &mut rng);
+    assert_eq!((d.order.as_slice(), d.rows[1].filtered), (&allowed[..], Some(FilterReason::NotAllowed)));
+
+    // A preference is worth its milliseconds and no more: here less than the cached prefix elsewhere.
+    request.wishes = Wishes { preferred: &[("gpu=h200", 5.0)], ..Wishes::default() };
+    assert_eq!(decide(&s, &request, &candidates, &mut rng).order[0], Worker::new(0, 0));
+    candidates[1].overlap.device = 992;
+    assert_eq!(decide(&s, &request, &candidates, &mut rng).order[0], Worker::new(1, 0));
+
+    request.wishes = Wishes::default();
+    candidates[1].overlap.device = 0;
+    candidates[0].adapter = Adapter::Absent;
+    candidates[1].adapter = Adapter::Absent;
+    candidates[2].adapter = Adapter::Resident;
+    assert_eq!(decide(&s, &request, &candidates, &mut rng).order[0], Worker::new(2, 0));
+}

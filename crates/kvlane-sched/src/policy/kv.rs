@@ -10,6 +10,7 @@
 //! evict         its prefill, for the blocks that it drives out: more where the cache turns over faster than elsewhere
 //! decode        what it slows decoding there, its own included
 //! memory        how full the worker is of requests in flight
+//! wishes        preferred labels that it lacks, and loading the request's adapter
 //! ```
 //!
 //! The first three are the request's own time to first token. Deciding by them alone is greedy: as soon as queues differ, cached prefixes are
@@ -22,6 +23,7 @@
 //! The constants were chosen in simulation on plateaus (halving or doubling them changes little), over a chat trace, an agent trace and generated ones.
 
 use super::{Policy, Task, View};
+use crate::Adapter;
 use crate::decision::Row;
 use crate::pressure::DEFAULT_KV_TOKENS;
 
@@ -45,6 +47,9 @@ const DECODE_SHARE: f64 = 0.04;
 /// request wait for memory or throws another out.
 const FULL_MS: f64 = 100.0;
 
+/// Milliseconds to load an adapter: some 200 MB from disk. Not measured.
+const ADAPTER_MS: f64 = 200.0;
+
 impl Policy for Kv {
     fn name(&self) -> &'static str {
         "kv"
@@ -59,7 +64,7 @@ impl Policy for Kv {
     }
 
     fn columns(&self) -> &'static [&'static str] {
-        &["queue", "prefill", "fetch", "delay_others", "evict", "decode", "memory"]
+        &["queue", "prefill", "fetch", "delay_others", "evict", "decode", "memory", "wishes"]
     }
 
     fn score(&self, task: &Task<'_>, view: &View<'_>, row: &mut Row) {
@@ -74,7 +79,15 @@ impl Policy for Kv {
         let capacity = view.candidate.profile.kv_tokens().unwrap_or(DEFAULT_KV_TOKENS).max(1);
         let fullness = load.kv_tokens() as f64 / capacity as f64;
 
-        row.terms[..7].copy_from_slice(&[
+        let preferred = task
+            .request
+            .wishes
+            .preferred
+            .iter()
+            .filter(|(label, _)| !view.candidate.profile.has_label(label));
+        let adapter_ms = if view.candidate.adapter == Adapter::Absent { ADAPTER_MS } else { 0.0 };
+
+        row.terms[..8].copy_from_slice(&[
             load.queue_ms(fleet.now_ms),
             prefill_ms,
             rates.fetch_ms(overlap),
@@ -82,6 +95,7 @@ impl Policy for Kv {
             prefill_ms * EVICTED_USEFUL * view.allocation,
             DECODE_SHARE * slowed_ms,
             FULL_MS * rates.prefill_factor * fullness * fullness,
+            adapter_ms + preferred.map(|(_, worth_ms)| worth_ms).sum::<f64>(),
         ]);
     }
 }

@@ -11,7 +11,7 @@ use hyper::header::HeaderMap;
 use kvlane_index::hash::{Namespace, prompt_hashes};
 use kvlane_index::{BlockHash, Overlap, Overlaps, Worker};
 use kvlane_prompt::{Endpoint, RequestFields};
-use kvlane_sched::{Candidate, Decision, OverlapTokens, Pin, Reject, Request, RequestId};
+use kvlane_sched::{Candidate, Decision, OverlapTokens, Pin, Reject, Request, RequestId, Wishes};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 use xxhash_rust::xxh3::xxh3_64;
@@ -317,6 +317,7 @@ impl Plan {
             expected_output_tokens: None,
             max_output_tokens: self.max_output_tokens,
             pinned: self.pinned,
+            wishes: Wishes::default(),
             priority: 0,
             session: self.session,
             blocks: &self.ledger_ids,
