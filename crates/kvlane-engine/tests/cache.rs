@@ -165,3 +165,29 @@ fn compare(
     }
     Ok(())
 }
+
+#[test]
+fn one_run_is_like_another() {
+    let run = || {
+        let config = EngineConfig { blocks: 40, host_blocks: 30, ..EngineConfig::h200_llama_8b() };
+        let mut engine = Engine::new(config);
+        let (mut out, mut all) = (StepOutput::default(), Vec::new());
+        for i in 0..50u64 {
+            let blocks = chain(i % 5, 20);
+            let request = Request {
+                id: RequestId(i),
+                prompt_tokens: 100 + i as u32,
+                output_tokens: 9,
+                blocks,
+                content: None,
+            };
+            engine.submit(i * 3_000, request).unwrap();
+        }
+        while let Some(at) = engine.next_step_at() {
+            engine.step(at, &mut out);
+            all.push(out.clone());
+        }
+        all
+    };
+    assert_eq!(run(), run());
+}
