@@ -10,7 +10,8 @@ pub struct IndexConfig {
     /// Secret of the prefix hash. Give it fresh random bits in each process, so that nobody can prepare prompts whose
     /// prefixes collide; a fixed value makes runs repeatable. It never leaves the process.
     pub prefix_key: u64,
-    /// Bytes that the partition may use; `None` = no bound.
+    /// Bytes that the partition may use; `None` = no bound. Above it, predictions are shed first, then the coldest blocks of
+    /// lower tiers, then the coldest of the device tier. Looked at every 64 events, so it may be exceeded by those.
     pub budget_bytes: Option<u64>,
     /// Orphan blocks kept for each rank, waiting for their parent; more are refused.
     pub max_orphans: u32,

@@ -303,6 +303,7 @@ impl Tree {
 
     /// A rank gets the blocks `from..to` of a run.
     pub(super) fn hold(&mut self, run: u32, rank: u32, class: Class, from: u32, to: u32) {
+        self.metas[run as usize].touched = self.clock;
         let old = self.cover(run, rank, class);
         match old {
             Cover::Full => {}

@@ -11,7 +11,7 @@
 //!
 //! Contents: [`words`] memory for readers; [`shared`] layout and protocol; [`run_table`], [`names`] the two tables;
 //! [`runs`] life of runs; [`cover`] who holds what of a run; [`ranks`] the workers; [`store`], [`remove`],
-//! [`orphans`], [`predict`], [`dump`] the operations; [`lookup`] the queries.
+//! [`orphans`], [`predict`], [`dump`], [`shed`] the operations; [`lookup`] the queries.
 
 mod cover;
 mod dump;
@@ -24,6 +24,7 @@ mod remove;
 mod run_table;
 mod runs;
 mod shared;
+mod shed;
 mod store;
 mod words;
 
@@ -59,6 +60,8 @@ pub(crate) struct Tree {
     dying: Vec<u32>,
     /// Deadlines and the runs in which a prediction has them, soonest first.
     deadlines: BinaryHeap<std::cmp::Reverse<(u64, u32)>>,
+    /// Events and predictions applied: the time by which runs are cold.
+    clock: u32,
     /// Scratch of `store`.
     prefixes: Vec<u64>,
 }
@@ -81,6 +84,7 @@ impl Tree {
             triples: 0,
             dying: Vec::new(),
             deadlines: BinaryHeap::new(),
+            clock: 0,
             prefixes: Vec::new(),
         }
     }
@@ -91,6 +95,7 @@ impl Tree {
 
     pub(crate) fn apply(&mut self, worker: Worker, event: &KvEvent) -> Applied {
         let mut applied = Applied::default();
+        self.clock = self.clock.saturating_add(1);
         match event {
             KvEvent::Stored { tier, group, parent, blocks } => match self.show(worker, *tier, *group) {
                 Some((rank, class)) => self.store(rank, class, *parent, blocks, &mut applied),
@@ -114,6 +119,7 @@ impl Tree {
             KvEvent::Cleared { tier: None } => applied = self.remove_worker(worker),
         }
         self.reap();
+        applied.shed = self.shed_if_due();
         applied
     }
 

@@ -12,10 +12,10 @@ use crate::{BlockHash, Worker};
 
 /// A prediction in one run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Prediction {
+pub(super) struct Prediction {
     rank: u32,
     blocks: u32,
-    until_ms: u64,
+    pub(super) until_ms: u64,
 }
 
 impl Prediction {
@@ -66,6 +66,7 @@ impl Tree {
         if blocks.is_empty() || !self.has_room(blocks.len()) {
             return;
         }
+        self.clock = self.clock.saturating_add(1);
         let Some(rank) = self.meet(worker) else { return };
         let mut prefixes = std::mem::take(&mut self.prefixes);
         prefixes.clear();
@@ -86,6 +87,7 @@ impl Tree {
         self.prefixes = prefixes;
         self.rank_mut(rank).predicts = true;
         self.reap();
+        self.shed_if_due();
     }
 
     pub(crate) fn expire(&mut self, now_ms: u64) {
@@ -113,7 +115,7 @@ impl Tree {
         self.keep_predictions(run, |p| p.rank != rank);
     }
 
-    fn keep_predictions(&mut self, run: u32, keep: impl Fn(&Prediction) -> bool) {
+    pub(super) fn keep_predictions(&mut self, run: u32, keep: impl Fn(&Prediction) -> bool) {
         if self.len(run) == 0 || self.word(run, 7) == 0 {
             return;
         }

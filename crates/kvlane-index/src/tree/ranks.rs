@@ -77,10 +77,16 @@ pub(super) struct Rank {
 }
 
 impl Rank {
-    /// Whether a name of this rank can only be a main name with one copy.
+    /// Whether every name of this rank is a main name.
     #[inline]
     pub(super) fn plain(&self) -> bool {
-        self.aliases.is_empty() && self.twins.is_empty() && self.copies.is_empty() && self.orphans.is_empty()
+        self.aliases.is_empty() && self.twins.is_empty() && self.orphans.is_empty()
+    }
+
+    /// Whether a block with one name is held in a class more than once.
+    #[inline]
+    pub(super) fn has_copies(&self, class: Class, block: u32) -> bool {
+        !self.copies.is_empty() && self.copies.contains_key(&(class.0, block))
     }
 
     pub(super) fn shown(&mut self, class: Class) -> &mut Shown {

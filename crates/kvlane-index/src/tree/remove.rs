@@ -57,12 +57,14 @@ impl Tree {
         let Some(block) = self.main_block(hashes[0].0) else { return 0 };
         let (run, first) = self.locate(block);
         let cover = self.cover(run, rank, class);
-        if !self.covers(cover, first) {
+        if !self.covers(cover, first) || self.rank(rank).has_copies(class, block) {
             return 0;
         }
         let (len, word3) = (self.len(run), self.word(run, 3));
         let follows = |at: u32, name: EngineHash| {
-            self.is_main(self.shared.block_at(word3, at), name.0) && self.covers(cover, at)
+            let block = self.shared.block_at(word3, at);
+            let plain = self.is_main(block, name.0) && !self.rank(rank).has_copies(class, block);
+            plain && self.covers(cover, at)
         };
         let (mut low, mut high) = (first, first);
         let mut count = 1;

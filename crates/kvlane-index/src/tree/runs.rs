@@ -30,6 +30,8 @@ pub(super) struct Meta {
     pub(super) depth: u32,
     /// Ranks in the set of full holders.
     pub(super) full: u32,
+    /// The writer's clock when something was stored here last.
+    pub(super) touched: u32,
 }
 
 /// Main names, by block.
@@ -398,7 +400,7 @@ impl Tree {
 
     fn take_run(&mut self) -> u32 {
         self.free_runs.pop().unwrap_or_else(|| {
-            self.metas.push(Meta { parent: NONE, kids: 0, next: NONE, depth: 0, full: 0 });
+            self.metas.push(Meta { parent: NONE, kids: 0, next: NONE, depth: 0, full: 0, touched: 0 });
             let run = self.metas.len() as u32 - 1;
             let reached = self.shared.headers.reach(run * HEADER);
             debug_assert!(reached, "room was checked before the event");
@@ -408,7 +410,7 @@ impl Tree {
 
     fn make_run(&mut self, parent: u32, depth: u32, prefixes: &[u64]) -> u32 {
         let run = self.take_run();
-        self.metas[run as usize] = Meta { parent, kids: 0, next: NONE, depth, full: 0 };
+        self.metas[run as usize] = Meta { parent, kids: 0, next: NONE, depth, full: 0, touched: self.clock };
         let pages = pages_of(0, prefixes.len() as u32);
         let list = self.take(list_class(pages));
         for at in 0..pages {
@@ -464,8 +466,14 @@ impl Tree {
                 self.shared.slab.set(low_list + i, self.shared.slab.get(old_list + i));
             }
         }
-        self.metas[upper as usize] =
-            Meta { parent, kids: meta.kids, next: meta.next, depth: meta.depth + at, full: 0 };
+        self.metas[upper as usize] = Meta {
+            parent,
+            kids: meta.kids,
+            next: meta.next,
+            depth: meta.depth + at,
+            full: 0,
+            touched: meta.touched,
+        };
         let low = &mut self.metas[run as usize];
         low.kids = 1;
         low.next = if up_skip == 0 { NONE } else { upper };

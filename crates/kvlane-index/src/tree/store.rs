@@ -214,6 +214,26 @@ impl Tree {
         }
     }
 
+    /// A rank forgets all copies, under any name, that it has of a held block in one class; how many names that were.
+    pub(super) fn forget_class(&mut self, rank: u32, class: Class, block: u32) -> u32 {
+        let names: Vec<(u64, u8)> = match self.rank(rank).twins.get(&block) {
+            Some(twins) => {
+                let copies = |t: &Twin| t.copies.iter().find(|(c, _)| *c == class).map(|(_, n)| (t.name, *n));
+                twins.iter().filter_map(copies).collect()
+            }
+            None => {
+                let (run, at) = self.locate(block);
+                vec![(self.only_name(rank, block), self.copies(rank, class, run, at, block))]
+            }
+        };
+        for &(name, copies) in &names {
+            for _ in 0..copies {
+                self.revoke(rank, class, name, block);
+            }
+        }
+        names.len() as u32
+    }
+
     /// One copy of a name at a block leaves a class; false if there was none.
     pub(super) fn revoke(&mut self, rank: u32, class: Class, name: u64, block: u32) -> bool {
         if let Some(twins) = self.rank_mut(rank).twins.get_mut(&block) {

@@ -170,3 +170,70 @@ fn production_equals_the_oracle() {
         }
     }
 }
+
+/// With a budget, what remains is exact: the oracle, told to remove what was shed, would answer the same. Seen from outside:
+/// nothing is over-counted, the budget holds, and predictions go first.
+#[test]
+fn a_budget_holds_and_only_under_counts() {
+    let mut config = IndexConfig::new(BlockSize::new(16).unwrap());
+    let fixed = kvlane_index::partition(config).1.stats().bytes;
+    config.budget_bytes = Some(fixed + 200_000);
+    let (mut writer, index) = kvlane_index::partition(config);
+    let mut oracle = Oracle::new(&config);
+    let mut generator =
+        Generator::new(Regime { alphabet: 40, chain: 30, tiers: true, hashes: 2, ..generator::PLAIN }, 3);
+    let (mut shed, mut overlaps) = (0u64, Overlaps::default());
+    for step in 0..12_000 {
+        match generator.next() {
+            Op::Event(worker, event) => {
+                shed += u64::from(writer.apply(worker, &event).shed);
+                let _ = oracle.apply(worker, &event);
+            }
+            Op::Query(prompt) => {
+                index.overlap(&prompt, &mut overlaps);
+                let truth = oracle.overlap(&prompt);
+                for ours in &overlaps.ranks {
+                    let theirs = truth.get(ours.worker).expect("the oracle knows all that we know");
+                    assert!(ours.device <= theirs.device, "{ours:?} {theirs:?}");
+                    assert!(ours.mixed <= theirs.mixed, "{ours:?} {theirs:?}");
+                }
+            }
+            _ => {}
+        }
+        if step % 640 == 639 {
+            assert!(index.stats().bytes <= fixed + 300_000, "step {step}: {:?}", index.stats());
+        }
+    }
+    assert!(shed > 1000, "{shed}");
+    // Figures still agree with what the runs say.
+    let workers: Vec<Worker> = index.workers().iter().map(|held| held.worker).collect();
+    for worker in workers {
+        let _ = writer.remove_worker(worker);
+    }
+    let stats = index.stats();
+    assert_eq!((stats.places, stats.runs, stats.pairs), (0, 0, 0), "something is left of nothing");
+}
+
+#[test]
+fn predictions_are_shed_first() {
+    let mut config = IndexConfig::new(BlockSize::new(16).unwrap());
+    config.budget_bytes = Some(kvlane_index::partition(config).1.stats().bytes + 500_000);
+    let (mut writer, index) = kvlane_index::partition(config);
+    let mut shed = 0;
+    for i in 0..3_000u64 {
+        let blocks: Vec<_> = (0..20).map(|k| kvlane_index::BlockHash(1000 * i + k)).collect();
+        index.predict(Worker::new(1, 0), &blocks, 1_000 + i);
+        if i < 60 {
+            let stored = blocks.iter().map(|&block| kvlane_index::StoredBlock {
+                engine: kvlane_index::EngineHash(block.0 + 7),
+                block,
+            });
+            let (tier, group) = (kvlane_index::Tier::Device, kvlane_index::Group::default());
+            let event = kvlane_index::KvEvent::Stored { tier, group, parent: None, blocks: stored.collect() };
+            shed += writer.apply(Worker::new(2, 0), &event).shed;
+        }
+    }
+    let stats = index.stats();
+    assert!(stats.predicted > 0 && stats.predicted < 60_000, "{stats:?}");
+    assert_eq!((stats.pairs, shed), (60 * 20, 0), "{stats:?}");
+}
