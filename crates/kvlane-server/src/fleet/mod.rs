@@ -96,14 +96,9 @@ impl Fleet {
         }
     }
 
-    /// What ingest has counted for one rank, looked at in place; zeros for a rank that never had a publisher.
-    pub(crate) fn look<R>(&self, worker: Worker, at: impl FnOnce(&RankStats) -> R) -> R {
-        let counters =
-            self.shared.counters.lock().unwrap_or_else(PoisonError::into_inner).get(&worker).cloned();
-        match counters {
-            Some(counters) => counters.look(at),
-            None => at(&RankStats::default()),
-        }
+    /// The counters of one rank; `None` if it never had a publisher.
+    pub(crate) fn counters(&self, worker: Worker) -> Option<Arc<RankCounters>> {
+        self.shared.counters.lock().unwrap_or_else(PoisonError::into_inner).get(&worker).map(Arc::clone)
     }
 
     /// What ingest has counted, for each rank that ever had a publisher, in order.

@@ -31,7 +31,7 @@ use self::prompts::Prompts;
 use self::routes::{Route, route};
 use crate::audit::{Auditor, Case, Cause, Evidence, Witness};
 use crate::explain::Ring;
-use crate::fleet::{Fleet, Trust};
+use crate::fleet::Fleet;
 use crate::metrics::Metrics;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -93,7 +93,8 @@ pub(crate) struct GatewayConfig {
 #[derive(Debug)]
 pub(crate) struct Gateway {
     pub(crate) fleet: Fleet,
-    table: ArcSwap<Table>,
+    /// Shared with the audit.
+    table: Arc<ArcSwap<Table>>,
     desk: Mutex<Desk>,
     prompts: Arc<Prompts>,
     explanations: Ring,
@@ -113,14 +114,18 @@ impl Gateway {
         let metrics = Arc::new(Metrics::new());
         let GatewayConfig { policy, tokenizer, max_body_bytes, allow_admin, seed } = config;
         let prompts = Arc::new(Prompts::new(tokenizer));
-        let witness =
-            FleetWitness { fleet: fleet.clone(), prompts: Arc::clone(&prompts), distrusted: HashMap::new() };
+        let table = Arc::new(ArcSwap::from_pointee(Table::new(&fleet, &Table::default(), &metrics)));
+        let witness = FleetWitness {
+            fleet: fleet.clone(),
+            table: Arc::clone(&table),
+            prompts: Arc::clone(&prompts),
+            distrusted: HashMap::new(),
+        };
         let (auditor, settling) = Auditor::new(Arc::clone(&metrics), witness);
         tokio::spawn(settling);
-        let table = Table::new(fleet.snapshot(), &Table::default(), &metrics);
         let gateway = Arc::new(Self {
             fleet,
-            table: ArcSwap::from_pointee(table),
+            table,
             cache_aware: policy.needs_cache_knowledge(),
             desk: Mutex::new(Desk { scheduler: Scheduler::new(policy), rng: Rng::new(seed) }),
             prompts,
@@ -153,9 +158,8 @@ impl Gateway {
     async fn follow_fleet(&self) {
         let mut changed = self.fleet.changed();
         loop {
-            let view = self.fleet.snapshot();
             changed.mark_unchanged();
-            let table = Arc::new(Table::new(view, &self.table.load(), &self.metrics));
+            let table = Arc::new(Table::new(&self.fleet, &self.table.load(), &self.metrics));
             self.table.store(Arc::clone(&table));
             if self.cache_aware {
                 self.prompts.learn(&table).await;
@@ -179,10 +183,6 @@ impl Gateway {
         let now_ms = self.began.elapsed().as_secs_f64() * 1e3;
         // A panic inside leaves the account of one request open, which is better than to refuse all others.
         work(&mut self.desk.lock().unwrap_or_else(PoisonError::into_inner), now_ms)
-    }
-
-    fn evidence(&self, worker: Worker) -> Evidence {
-        FleetWitness::of(&self.fleet, worker)
     }
 
     /// Answers one request. Never fails: errors are responses.
@@ -248,28 +248,15 @@ impl Gateway {
 #[derive(Debug)]
 struct FleetWitness {
     fleet: Fleet,
+    table: Arc<ArcSwap<Table>>,
     prompts: Arc<Prompts>,
     /// When each worker's knowledge was last given up.
     distrusted: HashMap<Worker, Instant>,
 }
 
-impl FleetWitness {
-    fn of(fleet: &Fleet, worker: Worker) -> Evidence {
-        let view = fleet.snapshot();
-        let rank = view.instance(worker.instance).and_then(|i| i.ranks.get(worker.rank as usize));
-        let complete = rank.is_some_and(|rank| rank.trust == Trust::Live);
-        fleet.look(worker, |stats| Evidence {
-            epoch: stats.epoch,
-            cleared: stats.cleared_events,
-            removed_events: stats.removed_events,
-            complete,
-        })
-    }
-}
-
 impl Witness for FleetWitness {
     fn evidence(&self, worker: Worker) -> Evidence {
-        Self::of(&self.fleet, worker)
+        self.table.load().evidence(worker)
     }
 
     fn found(&mut self, case: &Case, cause: Cause) {

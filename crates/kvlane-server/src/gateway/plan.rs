@@ -12,6 +12,7 @@ use kvlane_index::hash::{Namespace, prompt_hashes};
 use kvlane_index::{BlockHash, Overlap, Overlaps, Worker};
 use kvlane_prompt::{Endpoint, RequestFields};
 use kvlane_sched::{Candidate, Decision, OverlapTokens, Pin, Reject, Request, RequestId, Wishes};
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 use xxhash_rust::xxh3::xxh3_64;
@@ -45,6 +46,8 @@ pub(crate) struct Plan {
     /// The fleet as it was.
     pub table: Arc<Table>,
     candidates: Vec<Offer>,
+    /// The prompt's blocks, in each partition that one of the candidates lives in.
+    found: Vec<PromptBlocks>,
     tokens: Tokens,
     /// Tokens of all its prompts.
     prompt_tokens: Option<u32>,
@@ -63,11 +66,13 @@ pub(crate) struct Plan {
 /// A worker that might serve the request.
 #[derive(Debug)]
 struct Offer {
-    upstream: Arc<Upstream>,
+    /// Place of its engine in the table.
+    upstream: usize,
     worker: Worker,
     trust: f64,
     overlap: Option<Overlap>,
-    blocks: Option<PromptBlocks>,
+    /// Place of its partition in [`Plan::found`].
+    found: Option<usize>,
     /// Whether events will tell what becomes of a predicted placement.
     events: bool,
 }
@@ -95,6 +100,7 @@ impl Gateway {
         let pinned = ask.headers.get("x-data-parallel-rank").map(rank_pin).transpose()?;
         let mut plan = Plan {
             candidates: Vec::new(),
+            found: Vec::new(),
             tokens: tokenized.from,
             prompt_tokens,
             prompt_bytes: ask.body_bytes as u64,
@@ -114,31 +120,31 @@ impl Gateway {
                 _ if tokenized.prompts.len() > 1 => Some("batch"),
                 _ => None,
             },
-            table,
+            table: Arc::clone(&table),
         };
         plan.offer(&serving, ask.fields, &common_prefix(&tokenized.prompts));
         Ok(plan)
     }
 
     /// The healthy instances that may serve the request.
-    fn serving(
+    fn serving<'t>(
         &self,
-        table: &Table,
+        table: &'t Table,
         fields: Option<&Arc<RequestFields>>,
-    ) -> Result<Vec<Arc<Instance>>, ClientError> {
+    ) -> Result<Cow<'t, [Arc<Instance>]>, ClientError> {
         let view = &table.view;
         let healthy = || view.instances.iter().filter(|i| i.health.is_healthy());
         let none_healthy =
             || ClientError::unavailable("No worker is healthy now; try again soon, or see /kvlane/workers.");
         let Some(fields) = fields else {
             let any: Vec<Arc<Instance>> = healthy().map(Arc::clone).collect();
-            return if any.is_empty() { Err(none_healthy()) } else { Ok(any) };
+            return if any.is_empty() { Err(none_healthy()) } else { Ok(any.into()) };
         };
         match fields.model.as_deref() {
             Some(model) => {
                 let serving = view.serving(model);
                 if !serving.is_empty() {
-                    Ok(serving.to_vec())
+                    Ok(serving.into())
                 } else if view.knows(model) {
                     Err(ClientError::unavailable(
                         "No worker that serves this model is healthy now; try again soon.",
@@ -160,18 +166,18 @@ impl Gateway {
                         )
                     });
                 }
-                Ok(healthy().map(Arc::clone).collect())
+                Ok(healthy().map(Arc::clone).collect::<Vec<_>>().into())
             }
         }
     }
 
     /// Those of `serving` whose context takes the longest prompt of the request and one token of an answer.
-    fn long_enough(
+    fn long_enough<'t>(
         &self,
-        serving: Vec<Arc<Instance>>,
+        serving: Cow<'t, [Arc<Instance>]>,
         fields: Option<&Arc<RequestFields>>,
         tokenized: &Tokenized,
-    ) -> Result<Vec<Arc<Instance>>, ClientError> {
+    ) -> Result<Cow<'t, [Arc<Instance>]>, ClientError> {
         let longest_prompt = tokenized.prompts.iter().map(|p| p.len() as u64).max().unwrap_or(0);
         let room = |instance: &Instance| {
             context(instance, fields).is_none_or(|len| {
@@ -184,8 +190,12 @@ impl Gateway {
             return Ok(serving);
         }
         let len = longest(&serving, fields);
-        let left: Vec<Arc<Instance>> = serving.into_iter().filter(|i| room(i)).collect();
-        if left.is_empty() { Err(ClientError::context_length(len, Some(longest_prompt))) } else { Ok(left) }
+        let left: Vec<Arc<Instance>> = serving.iter().filter(|i| room(i)).map(Arc::clone).collect();
+        if left.is_empty() {
+            Err(ClientError::context_length(len, Some(longest_prompt)))
+        } else {
+            Ok(left.into())
+        }
     }
 
     /// Decides without booking anything: the dry run.
@@ -238,9 +248,9 @@ impl Gateway {
         });
         self.explanations.keep(Arc::clone(&record));
         let offer = plan.get(worker).expect("the chosen worker is one of the candidates");
-        self.predict(offer);
-        let expected = plan.expected(self, offer);
-        let upstream = Arc::clone(&offer.upstream);
+        predict(plan, offer);
+        let expected = plan.expected(offer);
+        let upstream = Arc::clone(plan.upstream(offer));
         Ok(InFlight::new(Arc::clone(self), record, ask.arrived, upstream, worker, expected))
     }
 
@@ -254,54 +264,61 @@ impl Gateway {
                 .book(&plan.request(id), &inflight.record.decision, worker, now_ms)
                 .expect("it was just ended, and ids are never in flight twice");
         });
-        self.predict(offer);
-        inflight.moved(Arc::clone(&offer.upstream), worker, plan.expected(self, offer));
+        predict(plan, offer);
+        inflight.moved(Arc::clone(plan.upstream(offer)), worker, plan.expected(offer));
     }
+}
 
-    /// Notes where the prompt's blocks will be, for the requests that come before the events.
-    fn predict(&self, offer: &Offer) {
-        let Some(blocks) = &offer.blocks else { return };
-        let ttl = if offer.events { PREDICTED_UNTIL_EVENT } else { PREDICTED_WITHOUT_EVENTS };
-        let until_ms = crate::clock::now_ms() + ttl.as_millis() as u64;
-        blocks.index.predict(offer.worker, &blocks.hashes, until_ms);
-    }
+/// Notes where the prompt's blocks will be, for the requests that come before the events.
+fn predict(plan: &Plan, offer: &Offer) {
+    let Some(blocks) = plan.blocks(offer) else { return };
+    let ttl = if offer.events { PREDICTED_UNTIL_EVENT } else { PREDICTED_WITHOUT_EVENTS };
+    let until_ms = crate::clock::now_ms() + ttl.as_millis() as u64;
+    blocks.index.predict(offer.worker, &blocks.hashes, until_ms);
 }
 
 impl Plan {
     /// Offers every rank of `serving`, with what it holds of `tokens`.
     fn offer(&mut self, serving: &[Arc<Instance>], fields: Option<&Arc<RequestFields>>, tokens: &[u32]) {
-        let mut looked_up: Vec<(Arc<Partition>, PromptBlocks, Overlaps)> = Vec::new();
+        let table = Arc::clone(&self.table);
+        let mut looked_up: Vec<(&Arc<Partition>, Overlaps)> = Vec::new();
         for instance in serving {
-            let Some(upstream) = self.table.upstream(instance.id).map(Arc::clone) else { continue };
+            let Some(upstream) = table.position(instance.id) else { continue };
             let partition = instance.partition.as_ref().filter(|_| !tokens.is_empty());
-            let at = partition.and_then(|partition| {
-                let known = looked_up.iter().position(|(p, ..)| Arc::ptr_eq(p, partition));
+            let found = partition.and_then(|partition| {
+                let known = looked_up.iter().position(|(p, _)| Arc::ptr_eq(p, partition));
                 known.or_else(|| {
                     let blocks = prompt_blocks(partition, instance, fields, tokens)?;
                     let mut overlaps = Overlaps::default();
                     blocks.index.overlap(&blocks.hashes, &mut overlaps);
-                    looked_up.push((Arc::clone(partition), blocks, overlaps));
+                    if self.ledger_ids.is_empty() {
+                        self.ledger_id_tokens =
+                            ledger_ids(&blocks.hashes, blocks.block_size, &mut self.ledger_ids);
+                    }
+                    self.found.push(blocks);
+                    looked_up.push((partition, overlaps));
                     Some(looked_up.len() - 1)
                 })
             });
-            let found = at.map(|at| &looked_up[at]);
-            if let Some((partition, blocks, _)) = found
-                && self.ledger_ids.is_empty()
-            {
-                self.ledger_id_tokens =
-                    ledger_ids(&blocks.hashes, partition.block_size.tokens(), &mut self.ledger_ids);
-            }
-            for (rank, facts) in instance.ranks.iter().zip(&upstream.ranks) {
+            for (rank, facts) in instance.ranks.iter().zip(&table.upstreams()[upstream].ranks) {
                 self.candidates.push(Offer {
+                    upstream,
                     worker: rank.worker,
                     trust: facts.trust,
-                    overlap: found.and_then(|(_, _, overlaps)| overlaps.get(rank.worker).copied()),
-                    blocks: found.map(|(_, blocks, _)| blocks.clone()),
+                    overlap: found.and_then(|at| looked_up[at].1.get(rank.worker).copied()),
+                    found,
                     events: !matches!(rank.trust, Trust::Blind(_)),
-                    upstream: Arc::clone(&upstream),
                 });
             }
         }
+    }
+
+    fn upstream(&self, offer: &Offer) -> &Arc<Upstream> {
+        &self.table.upstreams()[offer.upstream]
+    }
+
+    fn blocks(&self, offer: &Offer) -> Option<&PromptBlocks> {
+        offer.found.map(|at| &self.found[at])
     }
 
     fn get(&self, worker: Worker) -> Option<&Offer> {
@@ -330,24 +347,24 @@ impl Plan {
             .iter()
             .map(|offer| Candidate {
                 overlap: offer.overlap.as_ref().map_or_else(OverlapTokens::default, |overlap| {
-                    OverlapTokens::from_blocks(overlap, offer.upstream.profile.block_size_tokens)
+                    OverlapTokens::from_blocks(overlap, self.upstream(offer).profile.block_size_tokens)
                 }),
                 trust: offer.trust,
-                ..Candidate::new(offer.worker, &offer.upstream.profile)
+                ..Candidate::new(offer.worker, &self.upstream(offer).profile)
             })
             .collect()
     }
 
     /// What the index promises of the worker of `offer`; `None` where it knows nothing of the prompt.
     fn prediction(&self, offer: &Offer) -> Option<Prediction> {
-        self.prompt_tokens.filter(|_| offer.blocks.is_some()).map(|prompt_tokens| {
+        self.prompt_tokens.filter(|_| offer.found.is_some()).map(|prompt_tokens| {
             let overlap = offer.overlap.as_ref();
             let device = overlap.map_or(0, |o| o.device);
             let tiered = overlap.map_or(0, |o| o.mixed.max(o.device + o.host + o.disk + o.external));
             let predicted = overlap.map_or(0, |o| o.predicted);
             Prediction::new(
                 prompt_tokens,
-                offer.upstream.profile.block_size_tokens,
+                self.upstream(offer).profile.block_size_tokens,
                 device,
                 predicted,
                 tiered,
@@ -356,13 +373,17 @@ impl Plan {
     }
 
     /// What to expect of the worker of `offer`.
-    fn expected(&self, gateway: &Gateway, offer: &Offer) -> Expected {
+    fn expected(&self, offer: &Offer) -> Expected {
         let prediction = self.prediction(offer);
         Expected {
             prediction,
             unaudited: self.unaudited,
-            evidence: if prediction.is_some() { gateway.evidence(offer.worker) } else { Evidence::default() },
-            blocks: offer.blocks.clone(),
+            evidence: if prediction.is_some() {
+                self.table.evidence(offer.worker)
+            } else {
+                Evidence::default()
+            },
+            blocks: self.blocks(offer).cloned(),
         }
     }
 

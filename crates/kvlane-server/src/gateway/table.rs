@@ -4,7 +4,9 @@
 //! the texts that would otherwise be formatted for every request.
 
 use super::upstream::Pool;
-use crate::fleet::{FleetView, Instance, Trust};
+use crate::audit::Evidence;
+use crate::fleet::{Fleet, FleetView, Instance, Trust};
+use crate::ingest::RankCounters;
 use crate::metrics::{Metrics, WorkerMetrics};
 use hyper::header::HeaderValue;
 use kvlane_index::{InstanceId, Worker};
@@ -52,11 +54,16 @@ pub(crate) struct RankFacts {
     pub rank_header: Option<HeaderValue>,
     /// How far its overlaps can be believed, 0 to 1.
     pub trust: f64,
+    /// Whether every event since the beginning of the engine's life is known.
+    pub complete: bool,
+    /// What its event stream did; `None` before there was one.
+    pub counters: Option<Arc<RankCounters>>,
 }
 
 impl Table {
-    /// The table of `view`; connections of instances that were in `before` are kept.
-    pub(crate) fn new(view: Arc<FleetView>, before: &Self, metrics: &Metrics) -> Self {
+    /// The table of the fleet's newest view; connections of instances that were in `before` are kept.
+    pub(crate) fn new(fleet: &Fleet, before: &Self, metrics: &Metrics) -> Self {
+        let view = fleet.snapshot();
         let upstreams = view
             .instances
             .iter()
@@ -66,7 +73,7 @@ impl Table {
                     Some(kept) => kept,
                     None => (Pool::new(instance.base.authority()?), metrics.worker(instance.name())),
                 };
-                Some(Arc::new(Upstream::new(instance, pool, counters)))
+                Some(Arc::new(Upstream::new(instance, pool, counters, fleet)))
             })
             .collect();
         Self { view, upstreams }
@@ -74,12 +81,23 @@ impl Table {
 
     /// The engine of this id.
     pub(crate) fn upstream(&self, id: InstanceId) -> Option<&Arc<Upstream>> {
-        self.upstreams.binary_search_by_key(&id, |u| u.id).ok().map(|at| &self.upstreams[at])
+        self.position(id).map(|at| &self.upstreams[at])
+    }
+
+    /// Its place in [`Table::upstreams`].
+    pub(crate) fn position(&self, id: InstanceId) -> Option<usize> {
+        self.upstreams.binary_search_by_key(&id, |u| u.id).ok()
     }
 
     /// Every engine, whatever its health.
     pub(crate) fn upstreams(&self) -> &[Arc<Upstream>] {
         &self.upstreams
+    }
+
+    /// What a worker's event stream has done so far.
+    pub(crate) fn evidence(&self, worker: Worker) -> Evidence {
+        let rank = self.upstream(worker.instance).and_then(|u| u.rank(worker.rank));
+        rank.map_or_else(Evidence::default, RankFacts::evidence)
     }
 
     /// The name of a worker in headers and JSON; its number where it is not known.
@@ -91,7 +109,7 @@ impl Table {
 }
 
 impl Upstream {
-    fn new(instance: &Instance, pool: Arc<Pool>, metrics: WorkerMetrics) -> Self {
+    fn new(instance: &Instance, pool: Arc<Pool>, metrics: WorkerMetrics, fleet: &Fleet) -> Self {
         let name = instance.name().to_owned();
         let several = instance.ranks.len() > 1;
         let ranks = instance
@@ -107,6 +125,8 @@ impl Upstream {
                     name,
                     rank_header: several.then(|| HeaderValue::from(number)),
                     trust: trust(&rank.trust),
+                    complete: rank.trust == Trust::Live,
+                    counters: fleet.counters(rank.worker),
                 }
             })
             .collect();
@@ -123,6 +143,22 @@ impl Upstream {
     /// The facts of one rank.
     pub(crate) fn rank(&self, rank: u32) -> Option<&RankFacts> {
         self.ranks.get(rank as usize).filter(|facts| facts.worker.rank == rank)
+    }
+}
+
+impl RankFacts {
+    /// What its event stream has done so far.
+    pub(crate) fn evidence(&self) -> Evidence {
+        let Self { complete, counters, .. } = self;
+        let none = Evidence { complete: *complete, ..Evidence::default() };
+        counters.as_ref().map_or(none, |counters| {
+            counters.look(|stats| Evidence {
+                epoch: stats.epoch,
+                cleared: stats.cleared_events,
+                removed_events: stats.removed_events,
+                complete: *complete,
+            })
+        })
     }
 }
 
