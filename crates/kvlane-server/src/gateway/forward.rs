@@ -24,7 +24,7 @@ use kvlane_index::Worker;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 use tokio::time::Sleep;
 
@@ -321,6 +321,10 @@ impl Drop for Forwarded {
         // `[DONE]`, before the end of its last chunk.
         let whole = self.done || self.engine.as_ref().is_some_and(Body::is_end_stream);
         if self.first.is_none() && whole {
+            if let Some(engine) = &mut self.engine {
+                // The end of the last chunk is usually here too, and then the connection can be used again.
+                let _ = Pin::new(engine).poll_frame(&mut Context::from_waker(Waker::noop()));
+            }
             self.complete();
         }
     }

@@ -198,6 +198,7 @@ impl Gateway {
             Route::Admin => self.admin(&head, body).await,
             Route::DryRun => self.dry_run(arrived, &head, body).await,
             Route::Models => Ok(self.models()),
+            Route::Model => self.model(path),
             Route::Health => Ok(status::text("ok\n")),
             Route::Ready => Ok(self.ready()),
             Route::Metrics => Ok(self.metrics_text()),

@@ -12,6 +12,8 @@ pub(crate) enum Route {
     Completions,
     /// The models of all healthy workers.
     Models,
+    /// One model of the healthy workers, whose name follows.
+    Model,
     /// The router lives.
     Health,
     /// The router can serve.
@@ -130,6 +132,9 @@ const ADMIN_PREFIXES: &[&str] = &[
 /// The path prefix of [`Route::Explain`] before the id.
 pub(crate) const EXPLAIN_PREFIX: &str = "/kvlane/explain/";
 
+/// The path prefix of [`Route::Model`] before the name.
+pub(crate) const MODEL_PREFIX: &str = "/v1/models/";
+
 /// The route of a request. `path` is as it stands in the request line, without the query.
 pub(crate) fn route(method: &hyper::Method, path: &str) -> Route {
     let (get, post) = (method == hyper::Method::GET, method == hyper::Method::POST);
@@ -143,6 +148,7 @@ pub(crate) fn route(method: &hyper::Method, path: &str) -> Route {
         "/kvlane/workers" if get => Route::Workers,
         "/kvlane/explain" if post => Route::DryRun,
         _ if get && path.starts_with(EXPLAIN_PREFIX) => Route::Explain,
+        _ if get && path.starts_with(MODEL_PREFIX) => Route::Model,
         _ if is_admin(path) => Route::Admin,
         _ => Route::Other,
     }
@@ -185,7 +191,7 @@ mod tests {
             (Method::POST, "/rerank", Route::Other),
             (Method::POST, "/v1/responses/abc/cancel", Route::Other),
             (Method::GET, "/version", Route::Other),
-            (Method::GET, "/v1/models/org-name", Route::Other),
+            (Method::GET, "/v1/models/org/name%20x", Route::Model),
         ];
         for (method, path, want) in cases {
             assert_eq!(route(&method, path), want, "{method} {path}");

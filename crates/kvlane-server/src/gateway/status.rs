@@ -2,7 +2,7 @@
 
 use super::error::ClientError;
 use super::plan::Ask;
-use super::routes::EXPLAIN_PREFIX;
+use super::routes::{EXPLAIN_PREFIX, MODEL_PREFIX};
 use super::{Gateway, Response, body, own};
 use crate::explain::{Tokens, candidates};
 use crate::fleet::Trust;
@@ -24,13 +24,28 @@ const REPLAY_WAIT_MAX_S: u64 = 10;
 impl Gateway {
     /// `GET /v1/models`: what the healthy workers serve, each name once, in the engines' shape.
     pub(super) fn models(&self) -> Response {
+        let data: Vec<Value> = self.model_cards().into_values().collect();
+        json(StatusCode::OK, &json!({ "object": "list", "data": data }))
+    }
+
+    /// `GET /v1/models/{name}`.
+    pub(super) fn model(&self, path: &str) -> Result<Response, ClientError> {
+        let name = unescape(path.strip_prefix(MODEL_PREFIX).unwrap_or_default());
+        let mut cards = self.model_cards();
+        match cards.remove(&name) {
+            Some(card) => Ok(json(StatusCode::OK, &card)),
+            None => Err(ClientError::model_not_found(&name, cards.keys().map(String::as_str))),
+        }
+    }
+
+    fn model_cards(&self) -> BTreeMap<String, Value> {
         let view = self.fleet.snapshot();
-        let mut models: BTreeMap<&str, Value> = BTreeMap::new();
+        let mut cards: BTreeMap<String, Value> = BTreeMap::new();
         for instance in view.instances.iter().filter(|i| i.health.is_healthy()) {
             for model in instance.facts.iter().flat_map(|f| &f.models) {
                 let max_model_len = model.max_model_len;
-                models
-                    .entry(&model.id)
+                cards
+                    .entry(model.id.clone())
                     .and_modify(|known| {
                         // Whatever the best worker can take: the gateway finds it.
                         if known["max_model_len"].as_u64() < max_model_len {
@@ -50,8 +65,7 @@ impl Gateway {
                     });
             }
         }
-        let data: Vec<Value> = models.into_values().collect();
-        json(StatusCode::OK, &json!({ "object": "list", "data": data }))
+        cards
     }
 
     /// `GET /ready`: 200 when requests can be served with the knowledge that there will be.
@@ -208,8 +222,7 @@ impl Gateway {
     ) -> Result<Response, ClientError> {
         let body: Bytes = body::read(body, self.max_body_bytes).await?;
         let asked = head.uri.query().and_then(|q| q.split('&').find_map(|pair| pair.strip_prefix("path=")));
-        let (path, endpoint) = match asked.map(|path| path.replace("%2F", "/").replace("%2f", "/")).as_deref()
-        {
+        let (path, endpoint) = match asked.map(unescape).as_deref() {
             None | Some("/v1/chat/completions") => ("/v1/chat/completions", Endpoint::Chat),
             Some("/v1/completions") => ("/v1/completions", Endpoint::Completions),
             Some(_) => {
@@ -245,6 +258,26 @@ impl Gateway {
             }),
         ))
     }
+}
+
+/// A path segment with its `%XX` escapes decoded; what is no escape stays as it is.
+fn unescape(text: &str) -> String {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, tail)) = rest.split_first() {
+        let escaped = (byte == b'%').then(|| std::str::from_utf8(tail.get(..2)?).ok()).flatten();
+        match escaped.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            Some(decoded) => {
+                out.push(decoded);
+                rest = &tail[2..];
+            }
+            None => {
+                out.push(byte);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
 }
 
 /// A response of JSON.

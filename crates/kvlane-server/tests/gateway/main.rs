@@ -128,6 +128,8 @@ async fn other_paths_go_to_the_model_that_they_name() {
         models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap()).collect();
     assert_eq!(names, ["m", "m-lora", "other"]);
     assert_eq!(models["data"][0]["max_model_len"], 1000);
+    assert_eq!(router.json("/v1/models/m%2dlora").await["parent"], "m");
+    assert_eq!(router.get("/v1/models/none").await.status(), 404);
     // Which of two models is meant without a name?
     let error = json(router.post("/v1/chat/completions", r#"{"messages":[]}"#).await).await;
     assert_eq!(error["error"]["param"], "model");
