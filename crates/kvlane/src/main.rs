@@ -9,6 +9,8 @@ mod mock_engine;
 mod serve;
 mod simulate;
 
+use std::io::IsTerminal;
+
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
@@ -46,7 +48,9 @@ fn main() -> anyhow::Result<()> {
     let log = cli.log.as_deref().unwrap_or(level);
     let filter = EnvFilter::try_new(log)
         .map_err(|error| anyhow::anyhow!("--log {log:?} is no filter ({error}); try `--log debug`"))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // Colours are for people; a log file gets none.
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
 
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {

@@ -248,15 +248,16 @@ impl Shared {
     /// Notes how far a rank can be trusted.
     fn trust(&self, worker: Worker, trust: Trust) {
         self.update(worker.instance, |instance| {
+            let name = instance.name().to_owned();
             let Some(rank) = instance.ranks.iter_mut().find(|r| r.worker == worker) else { return false };
             if rank.trust == trust {
                 return false;
             }
-            let was = &rank.trust;
-            if matches!(trust, Trust::Live | Trust::Replaying) {
-                tracing::info!(%worker, %was, "cache knowledge is now {trust}");
+            let (was, number) = (&rank.trust, worker.rank);
+            if matches!(trust, Trust::Degraded(_)) {
+                tracing::warn!(worker = name, rank = number, %was, "cache knowledge is now {trust}");
             } else {
-                tracing::warn!(%worker, %was, "cache knowledge is now {trust}");
+                tracing::info!(worker = name, rank = number, %was, "cache knowledge is now {trust}");
             }
             (rank.trust, rank.since) = (trust, Instant::now());
             true
