@@ -97,6 +97,11 @@ impl Watch {
                         *reason = Some(error.to_string());
                         true
                     }
+                    Health::Dead(reason) if *reason != error.to_string() => {
+                        tracing::debug!(worker = self.name(), "worker is still dead: {error}");
+                        *reason = error.to_string();
+                        true
+                    }
                     _ => false,
                 }),
             }
@@ -226,7 +231,7 @@ impl Watch {
                 }
                 pause = match error {
                     GetError::Connect(_) => PROBE_REFUSED_EVERY,
-                    GetError::Timeout(_) | GetError::Http(_) => PROBE_UNHEALTHY_EVERY,
+                    GetError::Timeout(_) | GetError::Http(_) | GetError::Sick(_) => PROBE_UNHEALTHY_EVERY,
                 }
                 .min(self.config.probe_interval);
                 continue;

@@ -196,9 +196,9 @@ impl<R: Report> Rank<R> {
         for action in actions.drain(..) {
             match action {
                 Action::Apply(event) => self.events.push(event),
-                Action::Reset { epoch } => {
+                Action::Reset { .. } => {
                     self.events.push(KvEvent::Cleared { tier: None });
-                    self.counters.update(|stats| stats.epoch = epoch);
+                    self.counters.update(|stats| stats.epoch += 1);
                 }
                 Action::RequestReplay { attempt, from_seq } => {
                     (self.replay, self.replay_task) = (None, None);

@@ -14,7 +14,7 @@ pub struct RankStats {
     pub connect_error: Option<String>,
     /// Times that the subscription was connected.
     pub connects: u64,
-    /// The stream's epoch: how many times everything known was voided.
+    /// How many times everything known was voided.
     pub epoch: u64,
     /// Live messages received.
     pub messages: u64,

@@ -7,7 +7,7 @@ mod support;
 use axum::http::StatusCode;
 use kvlane_index::{BlockSize, Overlaps, Worker};
 use kvlane_server::config::Endpoint;
-use kvlane_server::fleet::{CachedTokens, EngineKind, Health, Source};
+use kvlane_server::fleet::{CachedTokens, EngineKind, FleetView, Health, Source};
 use serde_json::json;
 use support::{Event, Http, Rank, Running, Says, hashes, publishing_vllm, stored, trusts, vllm};
 
@@ -200,7 +200,7 @@ async fn a_dead_engine_is_cleared_and_used_again_when_it_is_back_as_another_one(
     rank.stop().await;
     running.fleet.report_failure(W0.instance);
     let view = running.until("it is dead", |v| matches!(v.instances[0].health, Health::Dead(_))).await;
-    assert!(view.instances[0].health.reason().unwrap().contains("probes in a row"));
+    assert!(view.instances[0].health.reason().unwrap().contains("cannot connect"));
     assert_eq!(view.serving("m").len(), 1);
     assert!(view.knows("m"));
     running.until_overlap(W0, &prompt, 0).await;
@@ -243,6 +243,11 @@ async fn an_engine_that_says_503_is_dead() {
     let sick = Says { health: StatusCode::SERVICE_UNAVAILABLE, ..vllm("m", 4, 1e9) };
     let http = Http::start(Says { sources: Some(json!({"0": rank.source()})), ..sick }, port).await;
     running.until("it is dead", |v| v.instances[0].health.reason().is_some_and(|r| r.contains("503"))).await;
+    // Its list of models does not make it healthy again.
+    let asked_again =
+        |v: &FleetView| v.instances[0].health.reason().is_some_and(|r| r.contains("does not serve now"));
+    running.until("it was asked again", asked_again).await;
+    assert!(running.fleet.snapshot().serving("m").is_empty());
     running.stop().await;
     http.stop().await;
 }

@@ -22,6 +22,8 @@ pub(crate) enum GetError {
     Timeout(Duration),
     /// Something answered that is not HTTP, or broke off, or sent too much.
     Http(String),
+    /// The server says itself that it is not well.
+    Sick(String),
 }
 
 impl fmt::Display for GetError {
@@ -30,6 +32,7 @@ impl fmt::Display for GetError {
             Self::Connect(why) => write!(f, "cannot connect: {why}"),
             Self::Timeout(after) => write!(f, "no answer within {} s", after.as_secs_f32()),
             Self::Http(why) => write!(f, "no proper HTTP answer: {why}"),
+            Self::Sick(why) => f.write_str(why),
         }
     }
 }

@@ -50,7 +50,7 @@ impl std::error::Error for ProbeError {}
 pub(crate) async fn alive(base: &::http::Uri, limit: Duration) -> Result<(), GetError> {
     let answer = get(base, "/health", limit).await?;
     if answer.status.is_server_error() {
-        return Err(GetError::Http(format!("GET /health says {}", answer.status)));
+        return Err(GetError::Sick(format!("GET /health says {}", answer.status)));
     }
     Ok(())
 }
@@ -93,14 +93,17 @@ pub async fn probe(spec: &WorkerSpec, wants_events: bool, limit: Duration) -> Re
         ))
     })?;
 
+    // An engine whose core has died still lists its models.
+    alive(base, limit)
+        .await
+        .map_err(|error| ProbeError::NotReady(format!("{base} does not serve now: {error}")))?;
     // A route may be missing, but an engine that breaks off here is not to be half understood.
     let broke_off =
         |error: GetError| ProbeError::NotReady(format!("{base} answers only some questions: {error}"));
-    let (version, metrics, sources, info) = tokio::try_join!(
+    let (version, metrics, sources) = tokio::try_join!(
         get(base, "/version", limit),
         get(base, "/metrics", limit),
         get(base, "/kv_event_sources", limit),
-        get(base, "/server_info", limit),
     )
     .map_err(broke_off)?;
     said.metrics(&String::from_utf8_lossy(&metrics.body));
@@ -110,8 +113,9 @@ pub async fn probe(spec: &WorkerSpec, wants_events: bool, limit: Duration) -> Re
     if let Some(json) = sources.json() {
         said.vllm_sources(&json);
     }
+    // Asked of SGLang alone: vLLM has a route of this name too, which describes the whole machine and takes seconds.
     if said.engine == EngineKind::Sglang {
-        let info = match info.json() {
+        let info = match get(base, "/server_info", limit).await.map_err(broke_off)?.json() {
             Some(json) => Some(json),
             // The route's name before SGLang 0.5.
             None => get(base, "/get_server_info", limit).await.map_err(broke_off)?.json(),
