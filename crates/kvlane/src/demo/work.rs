@@ -11,7 +11,7 @@ const PEOPLE: u64 = 44;
 /// What a person writes in a turn, shortest and longest.
 const QUESTION: (u64, u64) = (150, 700);
 /// Of a hundred people, those who begin with a document of their own; and how long it is.
-const WITH_DOCUMENT: u64 = 20;
+const WITH_DOCUMENT: u64 = 30;
 const DOCUMENT: (u64, u64) = (6_000, 12_000);
 /// Turns of a conversation, fewest and most.
 const TURNS: (u64, u64) = (3, 6);
