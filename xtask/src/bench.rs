@@ -16,6 +16,12 @@ pub enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// The gateway beside its peers and nginx (`bench/gateway`); installs them into target/bench/peers.
+    Gateway {
+        /// Its options: `--quick`, `--only NAMES`, `--cells NAMES`, `--rounds N`, `--time-ms N`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
 }
 
 /// Runs it.
@@ -26,6 +32,20 @@ pub fn run(bench: &Bench) -> Result<()> {
             let mut all = if question { vec![] } else { vec!["all".to_owned()] };
             all.extend(arguments.iter().cloned());
             workspace("bench/opponents", &all)
+        }
+        Bench::Gateway { arguments } => {
+            let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+            let status = Command::new(env!("CARGO"))
+                .args(["build", "--release", "--locked", "--package", "kvlane"])
+                .current_dir(&root)
+                .status()
+                .context("could not build kvlane")?;
+            ensure!(status.success(), "kvlane: {status}");
+            let kvlane = root.join("target/release/kvlane").display().to_string();
+            let folder = root.join("target/bench/peers").display().to_string();
+            let mut all = vec!["run".to_owned(), "--kvlane".into(), kvlane, "--folder".into(), folder];
+            all.extend(arguments.iter().cloned());
+            workspace("bench/gateway", &all)
         }
     }
 }
