@@ -1,9 +1,14 @@
-//! Ours: `kvlane-index` of this checkout, `Index::overlap` from block hashes.
+//! Ours: `kvlane-index` of this checkout.
+//!
+//! * `kvlane`: `Index::overlap` from block hashes.
+//! * `kvlane-hashed`: `Index::overlap_hashed` of a prompt whose prefix hashes were made with its block hashes, as the gateway goes. What
+//!   making them costs is in `hashing`.
 
 use std::cell::RefCell;
+use std::hint::black_box;
 
-use kvlane_index::hash::{Namespace, prompt_hashes};
-use kvlane_index::{BlockHash, BlockSize, Index, IndexConfig, IndexWriter, Overlaps, Worker};
+use kvlane_index::hash::Namespace;
+use kvlane_index::{BlockHash, BlockSize, HashedPrompt, Index, IndexConfig, IndexWriter, Overlaps, Worker};
 use parking_lot::Mutex;
 
 use crate::contender::{Answer, Contender, Event, Setup, Tally};
@@ -20,22 +25,40 @@ pub struct Kvlane {
 
 impl Kvlane {
     /// From token ids to the answer, as the gateway goes.
-    pub fn ask_tokens(&self, tokens: &[u32], block_size: BlockSize) -> Tally {
+    pub fn ask_tokens(&self, tokens: &[u32]) -> Tally {
         thread_local! {
-            static HASHES: RefCell<Vec<BlockHash>> = const { RefCell::new(Vec::new()) };
+            static HASHED: RefCell<HashedPrompt> = RefCell::default();
         }
-        HASHES.with_borrow_mut(|hashes| {
-            hashes.clear();
-            prompt_hashes(tokens, block_size, &Namespace::default(), hashes);
-            self.ask(0, hashes)
+        HASHED.with_borrow_mut(|hashed| {
+            self.index.hash(tokens, &Namespace::default(), hashed);
+            OVERLAPS.with_borrow_mut(|overlaps| {
+                self.index.overlap_hashed(hashed, overlaps);
+                tally(overlaps)
+            })
+        })
+    }
+
+    /// Block and prefix hashes of a prompt.
+    pub fn hash(&self, tokens: &[u32]) -> usize {
+        thread_local! {
+            static HASHED: RefCell<HashedPrompt> = RefCell::default();
+        }
+        HASHED.with_borrow_mut(|hashed| {
+            self.index.hash(tokens, &Namespace::default(), hashed);
+            black_box(&*hashed).blocks().len()
         })
     }
 }
 
+fn tally(overlaps: &Overlaps) -> Tally {
+    let blocks = overlaps.ranks.iter().map(|o| u64::from(o.device)).sum();
+    Tally { workers: overlaps.ranks.len(), blocks }
+}
+
 impl Contender for Kvlane {
-    const WAYS: &'static [&'static str] = &["kvlane"];
+    const WAYS: &'static [&'static str] = &["kvlane", "kvlane-hashed"];
     type Batch = Vec<Event>;
-    type Prompt = Vec<BlockHash>;
+    type Prompt = (Vec<BlockHash>, HashedPrompt);
 
     fn new(_: Setup) -> Self {
         let size = BlockSize::new(16).expect("not 0");
@@ -46,7 +69,9 @@ impl Contender for Kvlane {
         events.to_vec()
     }
     fn prompt(&self, blocks: &[BlockHash]) -> Self::Prompt {
-        blocks.to_vec()
+        let mut hashed = HashedPrompt::default();
+        self.index.hash_prompt(blocks, &mut hashed);
+        (blocks.to_vec(), hashed)
     }
     fn apply(&self, batch: Self::Batch) {
         let mut writer = self.writer.lock();
@@ -55,16 +80,18 @@ impl Contender for Kvlane {
         }
     }
     fn settle(&self) {}
-    fn ask(&self, _: usize, prompt: &Self::Prompt) -> Tally {
+    fn ask(&self, way: usize, (blocks, hashed): &Self::Prompt) -> Tally {
         OVERLAPS.with_borrow_mut(|overlaps| {
-            self.index.overlap(prompt, overlaps);
-            let blocks = overlaps.ranks.iter().map(|o| u64::from(o.device)).sum();
-            Tally { workers: overlaps.ranks.len(), blocks }
+            match way {
+                0 => self.index.overlap(blocks, overlaps),
+                _ => self.index.overlap_hashed(hashed, overlaps),
+            }
+            tally(overlaps)
         })
     }
     fn answer(&self, prompt: &Self::Prompt) -> Answer {
         let mut overlaps = Overlaps::default();
-        self.index.overlap(prompt, &mut overlaps);
+        self.index.overlap(&prompt.0, &mut overlaps);
         overlaps.ranks.iter().filter(|o| o.device > 0).map(|o| (o.worker, o.device)).collect()
     }
     fn remove(&self, worker: Worker) {

@@ -1,12 +1,13 @@
 //! What does it cost to get from token ids to an answer?
 //!
-//! *hash*: block hashes of a prompt. *ask*: those and the query, at a full hit: what a gateway pays for each request.
+//! *hash*: block hashes of a prompt; ours makes prefix hashes in the same call. *ask*: those and the query, at a full hit: what a
+//! gateway pays for each request.
 
 use std::hint::black_box;
 
 use dynamo_kv_router::protocols::{BlockHashOptions, compute_block_hash_for_seq};
 use kvlane_index::hash::{Namespace, prompt_hashes};
-use kvlane_index::{BlockHash, BlockSize, EngineHash, StoredBlock, Worker};
+use kvlane_index::{BlockSize, EngineHash, StoredBlock, Worker};
 
 use crate::clock::thread_cpu_ns;
 use crate::contender::{Contender, Setup};
@@ -19,10 +20,8 @@ use crate::workload::{engine_hashes, random, stored};
 const WORKERS: u64 = 64;
 const BLOCK_TOKENS: u32 = 16;
 
-/// One way from tokens to block hashes.
-type Hash = fn(&[u32]) -> usize;
-/// The same and the query behind it.
-type Ask<'i> = Box<dyn Fn(&[u32]) -> usize + 'i>;
+/// One way from tokens to hashes, or through them to an answer.
+type Way<'i> = Box<dyn Fn(&[u32]) -> usize + 'i>;
 
 fn dynamo_hashes(tokens: &[u32]) -> usize {
     black_box(compute_block_hash_for_seq(tokens, BLOCK_TOKENS, BlockHashOptions::default())).len()
@@ -34,17 +33,6 @@ fn smg_hashes(tokens: &[u32]) -> usize {
 
 fn block_size() -> BlockSize {
     BlockSize::new(BLOCK_TOKENS).expect("not 0")
-}
-
-fn kvlane_hashes(tokens: &[u32]) -> usize {
-    thread_local! {
-        static HASHES: std::cell::RefCell<Vec<BlockHash>> = const { std::cell::RefCell::new(Vec::new()) };
-    }
-    HASHES.with_borrow_mut(|hashes| {
-        hashes.clear();
-        prompt_hashes(tokens, block_size(), &Namespace::default(), hashes);
-        black_box(&*hashes).len()
-    })
 }
 
 /// Runs prompts of several lengths.
@@ -70,10 +58,10 @@ pub fn run(plan: &Plan) -> anyhow::Result<()> {
             ours.apply(ours.batch(&events));
         }
         dynamo.settle();
-        let contenders: [(&str, Hash, Ask<'_>); 4] = [
+        let contenders: [(&str, Way<'_>, Way<'_>); 4] = [
             (
                 "dynamo",
-                dynamo_hashes,
+                Box::new(dynamo_hashes),
                 Box::new(|t| {
                     let hashes = compute_block_hash_for_seq(t, BLOCK_TOKENS, BlockHashOptions::default());
                     dynamo.ask_owned(hashes).workers
@@ -81,7 +69,7 @@ pub fn run(plan: &Plan) -> anyhow::Result<()> {
             ),
             (
                 "chain",
-                smg_hashes,
+                Box::new(smg_hashes),
                 Box::new(|t| {
                     let hashes = kv_index::compute_request_content_hashes(t, BLOCK_TOKENS as usize);
                     chain.ask(0, &hashes).workers
@@ -89,13 +77,13 @@ pub fn run(plan: &Plan) -> anyhow::Result<()> {
             ),
             (
                 "chain-into",
-                smg_hashes,
+                Box::new(smg_hashes),
                 Box::new(|t| {
                     let hashes = kv_index::compute_request_content_hashes(t, BLOCK_TOKENS as usize);
                     chain.ask(1, &hashes).workers
                 }),
             ),
-            ("kvlane", kvlane_hashes, Box::new(|t| ours.ask_tokens(t, block_size()).workers)),
+            ("kvlane", Box::new(|t| ours.hash(t)), Box::new(|t| ours.ask_tokens(t).workers)),
         ];
         let mut rounds = vec![Vec::new(); contenders.len()];
         let repeats = plan.size(4, 1);

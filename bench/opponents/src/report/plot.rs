@@ -35,7 +35,7 @@ fn colour(name: &str) -> &'static str {
         "dynamo-radix" => "#66ccee",
         "chain" => "#228833",
         "chain-into" => "#99bb55",
-        "kvlane-prefix" => "#ee9966",
+        "kvlane-hashed" | "kvlane round-robin" => "#ee9966",
         name if name.starts_with("kvlane") => "#dd4433",
         "direct" => "#999999",
         "nginx" => "#4477aa",

@@ -136,7 +136,8 @@ pub fn foot(sheet: &Read, figures: &[&str]) -> String {
         }
         _ => String::new(),
     };
-    format!("{}; load average {:.1} to {:.1}.{spread}\n", head.machine, head.load.0, head.load.1)
+    let quick = if head.quick { "**A quick run: small sizes, not to be quoted.** " } else { "" };
+    format!("{quick}{}; load average {:.1} to {:.1}.{spread}\n", head.machine, head.load.0, head.load.1)
 }
 
 /// The share of wrong answers of each contender over the whole sheet.
