@@ -5,6 +5,7 @@
 
 mod demo;
 mod events_cmd;
+mod index_run;
 mod mock_engine;
 mod serve;
 mod simulate;
@@ -39,6 +40,8 @@ enum Command {
     Simulate(Box<simulate::Args>),
     /// Look at, keep and play engines' event streams; examine an engine (`kvlane events check URL`).
     Events(events_cmd::Args),
+    /// Work with an index by itself, without engines.
+    Index(index_run::Args),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -60,6 +63,7 @@ fn main() -> anyhow::Result<()> {
             Command::MockEngine(args) => mock_engine::run(*args).await,
             Command::Simulate(args) => simulate::run(&args),
             Command::Events(args) => events_cmd::run(args).await,
+            Command::Index(args) => index_run::run(args),
         }
     })
 }
