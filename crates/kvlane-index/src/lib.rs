@@ -10,7 +10,7 @@
 //!
 //! * [`partition`] makes an [`IndexWriter`], which applies [`KvEvent`]s, and an [`Index`], which answers.
 //! * [`hash`] turns tokens into [`BlockHash`]es, the same way for requests and for events.
-//! * [`reference`] is the oracle: what every answer means, in the plainest code.
+//! * [`mod@reference`] is the oracle: what every answer means, in the plainest code.
 //! * [`snapshot`] saves a partition and fills another one.
 //!
 //! # An example
