@@ -66,13 +66,16 @@ pub struct ModelPrompt {
 }
 
 impl ModelPrompt {
-    /// Reads a model's directory, or a `tokenizer.json` with what lies beside it.
+    /// Reads a model's directory, or a tokenizer's file with what lies beside it.
     ///
-    /// Looks for `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`; only the
-    /// first must be there. Without a chat template, chats are [`Unroutable::NoTemplate`].
+    /// Looks for `tokenizer.json` (else `tiktoken.model`, else a tiktoken file named `tokenizer.model`),
+    /// `tokenizer_config.json`, `special_tokens_map.json`, `config.json` and `chat_template.jinja`; only the first must be
+    /// there. Without a chat template, chats are [`Unroutable::NoTemplate`].
     pub fn load(path: &Path, config: PromptConfig) -> Result<Self, LoadError> {
+        const FILES: [&str; 3] = ["tokenizer.json", "tiktoken.model", "tokenizer.model"];
         let (dir, file) = if path.is_dir() {
-            (path.to_path_buf(), path.join("tokenizer.json"))
+            let found = FILES.iter().map(|name| path.join(name)).find(|file| file.exists());
+            (path.to_path_buf(), found.unwrap_or_else(|| path.join(FILES[0])))
         } else {
             (path.parent().map(Path::to_path_buf).unwrap_or_default(), path.to_path_buf())
         };

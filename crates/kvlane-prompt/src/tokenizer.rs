@@ -3,6 +3,7 @@
 //! The engine's tokenizer is this same library behind a binding, so using it is the shortest way to equal tokens.
 
 mod classes;
+mod tiktoken;
 
 use crate::error::{LoadError, Unroutable};
 use crate::prefix_cache::{CacheStats, Cuts, PrefixCache};
@@ -98,7 +99,7 @@ pub(crate) struct Encoded {
 }
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json`; what it has tokenized is kept in at most `cache_bytes` (0 = not at all).
+    /// Reads a `tokenizer.json` or a tiktoken file; what it has tokenized is kept in at most `cache_bytes` (0 = not at all).
     pub(crate) fn load(
         path: &Path,
         settings: &TokenizerConfig,
@@ -108,13 +109,15 @@ impl Tokenizer {
             |e: tokenizers::Error| LoadError::Malformed { path: path.to_path_buf(), problem: e.to_string() };
         let bytes =
             std::fs::read(path).map_err(|error| LoadError::Unreadable { path: path.to_path_buf(), error })?;
-        let mut inner = match Class::of(&settings.config, settings.model_type.as_deref()) {
-            None => tokenizers::Tokenizer::from_bytes(bytes).map_err(malformed)?,
-            Some(class) => {
-                let mut json = serde_json::from_slice(&bytes).map_err(|e| malformed(e.into()))?;
-                class.rebuild(&mut json, &settings.config);
-                serde_json::from_value(json).map_err(|e| malformed(e.into()))?
-            }
+        let class = Class::of(&settings.config, settings.model_type.as_deref());
+        let mut inner = if path.extension().is_some_and(|e| e == "model" || e == "tiktoken") {
+            tiktoken::tokenizer(&bytes, &settings.config, &settings.special_tokens()).map_err(malformed)?
+        } else if let Some(class) = class {
+            let mut json = serde_json::from_slice(&bytes).map_err(|e| malformed(e.into()))?;
+            class.rebuild(&mut json, &settings.config);
+            serde_json::from_value(json).map_err(|e| malformed(e.into()))?
+        } else {
+            tokenizers::Tokenizer::from_bytes(bytes).map_err(malformed)?
         };
         // The engine sets its own for each request.
         inner.with_padding(None);

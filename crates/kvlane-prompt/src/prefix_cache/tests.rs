@@ -34,7 +34,9 @@ fn tokenizers() -> Vec<(String, Tokenizer)> {
         .map(|dir| {
             let settings = TokenizerConfig::load(&dir).unwrap();
             let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-            (name, Tokenizer::load(&dir.join("tokenizer.json"), &settings, 0).unwrap())
+            let file =
+                ["tokenizer.json", "tiktoken.model"].map(|f| dir.join(f)).into_iter().find(|f| f.exists());
+            (name, Tokenizer::load(&file.unwrap(), &settings, 0).unwrap())
         })
         .collect()
 }

@@ -77,8 +77,6 @@ def requests():
     out = {}
     with tempfile.TemporaryDirectory() as tmp:
         for name in model_names():
-            if not os.path.exists(os.path.join(MODELS, name, "tokenizer.json")):
-                continue
             engine = renderer(with_config(name, tmp))
             out[name] = {}
             for title, request in REQUESTS.items():

@@ -3,11 +3,13 @@
 Each is a directory of ../models with what a model's directory has: tokenizer.json, tokenizer_config.json, and for some
 chat_template.jinja. The vocabularies are tiny and the text they were trained on is nonsense; normalizers, pre-tokenizers,
 added tokens, post-processors and tokenizer classes are those of the family.
+
+Some of the trainers break ties at random, so a directory that is there is left as it is: delete it to train it again, and
+write the goldens anew.
 """
 import json
 import os
 import random
-import shutil
 
 from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
                         trainers)
@@ -85,7 +87,8 @@ def template_processing(tok, bos, after_bytes=False):
 
 def write(out, name, tok, config, template=None):
     path = os.path.join(out, name)
-    shutil.rmtree(path, ignore_errors=True)
+    if os.path.exists(path):
+        return
     os.makedirs(path)
     with open(os.path.join(path, "tokenizer.json"), "w", encoding="utf-8") as f:
         json.dump(json.loads(tok.to_str()), f, ensure_ascii=False, separators=(",", ":"))
@@ -108,6 +111,25 @@ VERBATIM = ("{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.
 STRINGS = VERBATIM.replace("{% for part in message.content %}{{ part | tojson }}{% endfor %}", "{{ message.content }}")
 
 
+def tiktoken(out, name, vocab_of, config):
+    """The byte-pair vocabulary of another model as a tiktoken file, with no tokenizer.json beside it."""
+    import base64
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    path = os.path.join(out, name)
+    if os.path.exists(path):
+        return
+    os.makedirs(path)
+    byte = {c: b for b, c in bytes_to_unicode().items()}
+    with open(os.path.join(out, vocab_of, "tokenizer.json"), encoding="utf-8") as f:
+        vocab = json.load(f)["model"]["vocab"]
+    with open(os.path.join(path, "tiktoken.model"), "w") as f:
+        for token, rank in sorted(vocab.items(), key=lambda t: t[1]):
+            f.write(base64.b64encode(bytes(byte[c] for c in token)).decode() + f" {rank}\n")
+    with open(os.path.join(path, "tokenizer_config.json"), "w", encoding="utf-8") as f:
+        json.dump(config, f, ensure_ascii=False, indent=1, sort_keys=True)
+        f.write("\n")
+
+
 def generate(out):
     os.makedirs(out, exist_ok=True)
     chat = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -123,6 +145,13 @@ def generate(out):
     tok.add_tokens([AddedToken(t, normalized=False) for t in ("<tool_call>", "</tool_call>", "<think>", "</think>")])
     write(out, "qwen-like", tok, {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, **ends,
                                   "chat_template": STRINGS})
+
+    def added(content, **flags):
+        return {"content": content, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True, **flags}
+    tiktoken(out, "tiktoken-like", "llama3-like", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "bos_token": "<|begin|>", **ends, "chat_template": VERBATIM,
+        "added_tokens_decoder": {"700": added("<|begin|>"), "701": added("<|im_start|>"), "702": added("<|im_end|>"),
+                                 "705": added("<|endoftext|>"), "706": added("<tool_call>", special=False), "707": added("<left>", lstrip=True)}})
 
     tok = byte_level(O200K, special=chat)
     write(out, "o200k-like", tok, {"tokenizer_class": "PreTrainedTokenizerFast", **ends}, CHATML)
