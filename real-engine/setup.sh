@@ -7,13 +7,13 @@
 # Safe to run again: it does nothing when requirements.lock and the scripts have
 # not changed since the last run.
 #
-# Needs: x86_64 Linux with AVX2, Python 3.12, gcc, readelf (binutils), libnuma1, ~2.7 GB disk.
+# Needs: x86_64 Linux with AVX2, Python 3.12 (3.11 and 3.13 work too), gcc, readelf (binutils), libnuma1, ~2.7 GB disk.
 # No GPU, no model hub.  Downloads ~0.9 GB of packages with the ordinary client,
 # from whatever index it is configured for.
 #
 # Environment:
 #   REAL_ENGINE_HOME   where the venv and the models go
-#   PYTHON             the Python 3.12 to use
+#   PYTHON             the Python to use
 #   REAL_ENGINE_CUDA=1 install the real CUDA libraries instead of stand-ins (~3 GB more)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -35,11 +35,12 @@ free_mb=$(mkdir -p "$home" && df -Pm "$home" | awk 'NR==2 {print $4}')
 [ "$free_mb" -ge 4000 ] || fail "needs 4 GB free in $home, has $free_mb MB"
 
 python=
-for candidate in "${PYTHON:-}" python3.12 "$HOME"/.pyenv/versions/3.12*/bin/python3.12 python3; do
-  [ -n "$candidate" ] || continue
-  if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then python=$candidate; break; fi
+for version in 3.12 3.13 3.11; do
+  for candidate in ${PYTHON:-} "python$version" "$HOME"/.pyenv/versions/"$version"*/bin/"python$version" python3; do
+    if "$candidate" -c "import sys, venv; sys.exit('%d.%d' % sys.version_info[:2] != '$version')" 2>/dev/null; then python=$candidate; break 2; fi
+  done
 done
-[ -n "$python" ] || fail "no Python 3.12 found; set PYTHON"
+[ -n "$python" ] || fail "no Python 3.12, 3.13 or 3.11 with venv found; set PYTHON"
 
 start=$SECONDS
 say() { printf '[%3ds] %s\n' $((SECONDS - start)) "$*"; }
