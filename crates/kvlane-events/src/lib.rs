@@ -9,10 +9,13 @@
 //!
 //! TensorRT-LLM's buffered events are polled over HTTP instead; [`drain`] is the machine for them.
 //!
+//! [`rebuild`] stands before the index and regains what a fence made unknown.
+//!
 //! Whoever owns the sockets feeds a [`stream::Stream`] and does what it says; nothing here waits.
 
 pub mod drain;
 mod msgpack;
+pub mod rebuild;
 pub mod resolve;
 pub mod stream;
 pub mod wire;

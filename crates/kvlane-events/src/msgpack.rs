@@ -44,6 +44,27 @@ impl Int {
     }
 }
 
+/// How an unsigned integer of at most 32 bits lies in the first 8 bytes: shift left, then right; 0 bytes = it is none.
+#[derive(Clone, Copy)]
+struct Form {
+    size: u8,
+    left: u8,
+    right: u8,
+}
+
+const FORMS: [Form; 256] = {
+    let mut forms = [Form { size: 0, left: 0, right: 0 }; 256];
+    let mut marker = 0;
+    while marker < 0x80 {
+        forms[marker] = Form { size: 1, left: 0, right: 56 };
+        marker += 1;
+    }
+    forms[0xcc] = Form { size: 2, left: 8, right: 56 };
+    forms[0xcd] = Form { size: 3, left: 8, right: 48 };
+    forms[0xce] = Form { size: 5, left: 8, right: 32 };
+    forms
+};
+
 /// The unread rest of a message.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reader<'a> {
@@ -209,6 +230,40 @@ impl<'a> Reader<'a> {
         }))
     }
 
+    /// Reads up to `len` unsigned integers of at most 32 bits into `out`, and stops before the first element that is none.
+    ///
+    /// Token ids are most of what engines send, and their widths alternate at random, so a branch on the marker is mispredicted
+    /// every other time. Here the marker picks two shifts and a length from a table instead.
+    #[inline]
+    pub(crate) fn u32s(&mut self, len: usize, out: &mut Vec<u32>) {
+        let mut rest = self.rest;
+        let mut left = len;
+        out.reserve(len);
+        while left > 0 {
+            let Some(window) = rest.first_chunk::<8>() else { break };
+            let form = FORMS[usize::from(window[0])];
+            if form.size == 0 {
+                break;
+            }
+            out.push((u64::from_be_bytes(*window) << form.left >> form.right) as u32);
+            rest = &rest[usize::from(form.size)..];
+            left -= 1;
+        }
+        self.rest = rest;
+        // The last few, which a window of 8 bytes would overshoot.
+        while left > 0 {
+            let before = self.rest;
+            match self.int() {
+                Ok(Some(Int::Unsigned(value))) if value <= u64::from(u32::MAX) => out.push(value as u32),
+                _ => {
+                    self.rest = before;
+                    break;
+                }
+            }
+            left -= 1;
+        }
+    }
+
     /// A number as a float; `None` (and nothing consumed) for another kind.
     pub(crate) fn number(&mut self) -> Result<Option<f64>, Malformed> {
         let before = self.rest;
@@ -265,3 +320,6 @@ impl<'a> Reader<'a> {
         self.take(len).map(|_| ())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -201,16 +201,21 @@ impl<'a> Fields<'a> {
 
     fn read_tokens(&mut self, reader: &mut Reader<'a>) -> Result<(), Malformed> {
         let Some(len) = reader.array()? else { return reader.skip() };
-        let mut tokens = Vec::with_capacity(len);
-        for done in 0..len {
+        let mut tokens = Vec::new();
+        loop {
+            reader.u32s(len - tokens.len(), &mut tokens);
+            if tokens.len() == len {
+                break;
+            }
+            // Of another form: a wide integer of a small value, an EAGLE pair, or no token at all.
             let token = match reader.int()? {
                 Some(Int::Unsigned(token)) => u32::try_from(token).ok(),
                 Some(Int::Negative(_)) => None,
                 None => read_pair(reader)?,
             };
             let Some(token) = token else {
-                // A token that is none (a digest, a negative placeholder): the blocks have no place in a prompt.
-                for _ in done + 1..len {
+                // A digest or a negative placeholder: the blocks have no place in a prompt.
+                for _ in tokens.len() + 1..len {
                     reader.skip()?;
                 }
                 self.tokens = None;
@@ -238,9 +243,12 @@ impl<'a> Fields<'a> {
 
     fn read_extra_keys(&mut self, reader: &mut Reader<'a>) -> Result<(), Malformed> {
         self.extra_keys.clear();
+        if reader.nil() {
+            return Ok(());
+        }
         let Some(blocks) = reader.array()? else {
-            self.identity_bad |= !reader.nil();
-            return if self.identity_bad { reader.skip() } else { Ok(()) };
+            self.identity_bad = true;
+            return reader.skip();
         };
         for block in 0..blocks {
             let block = u32::try_from(block).unwrap_or(u32::MAX);
@@ -404,15 +412,11 @@ pub(super) fn cut_digest(engine: EngineKind, bytes: &[u8]) -> EngineHash {
     EngineHash(eight.iter().fold(0, |value, &byte| value << 8 | u64::from(byte)))
 }
 
-/// A hash printed as text: hexadecimal digits (at least 16 of them, an even number) are the digest's bytes, a decimal
-/// number is its value; any other string is hashed (XXH3-64).
+/// A hash printed as text: 16, 32, 40, 64 or 128 hexadecimal digits are the digest's bytes, a decimal number is its value; any
+/// other string is hashed (XXH3-64).
 pub(super) fn hash_of_text(engine: EngineKind, text: &[u8]) -> EngineHash {
     let hex = text.strip_prefix(b"0x").unwrap_or(text);
-    if hex.len() >= 16
-        && hex.len() <= 128
-        && hex.len().is_multiple_of(2)
-        && hex.iter().all(u8::is_ascii_hexdigit)
-    {
+    if matches!(hex.len(), 16 | 32 | 40 | 64 | 128) && hex.iter().all(u8::is_ascii_hexdigit) {
         let digit = |c: u8| (c as char).to_digit(16).map_or(0, |d| d as u8);
         let mut bytes = [0u8; 64];
         for (byte, pair) in bytes.iter_mut().zip(hex.chunks_exact(2)) {

@@ -1,0 +1,196 @@
+//! A fence, and what comes back.
+
+use super::*;
+use kvlane_index::reference::Oracle;
+use kvlane_index::{BlockSize, IndexConfig};
+
+/// Names are the content plus the engine's own number, chained.
+fn chain(engine: u64, prompt: &[u64]) -> Vec<StoredBlock> {
+    let mut name = engine;
+    prompt
+        .iter()
+        .map(|&content| {
+            name = name.wrapping_mul(31).wrapping_add(content);
+            StoredBlock { engine: EngineHash(name), block: BlockHash(content) }
+        })
+        .collect()
+}
+
+fn blocks(prompt: &[u64]) -> Vec<BlockHash> {
+    prompt.iter().copied().map(BlockHash).collect()
+}
+
+struct Test {
+    rebuild: Rebuild,
+    index: Oracle,
+}
+
+impl Test {
+    fn new() -> Self {
+        let config = IndexConfig::new(BlockSize::new(16).unwrap());
+        Self { rebuild: Rebuild::new(1_000), index: Oracle::new(&config) }
+    }
+
+    fn event(&mut self, worker: Worker, event: KvEvent) {
+        let mut out = Vec::new();
+        self.rebuild.event(worker, event, &mut out);
+        for event in &out {
+            let _ = self.index.apply(worker, event);
+        }
+    }
+
+    /// The engine runs a prompt of which it holds the first `hit` blocks.
+    fn run(&mut self, worker: Worker, engine: u64, prompt: &[u64], hit: usize) {
+        let chain = chain(engine, prompt);
+        let parent = hit.checked_sub(1).map(|i| chain[i].engine);
+        let blocks = chain[hit..].to_vec();
+        self.event(worker, KvEvent::Stored { tier: Tier::Device, group: Group::default(), parent, blocks });
+    }
+
+    fn remove(&mut self, worker: Worker, name: EngineHash) {
+        let group = Group::default().id;
+        self.event(worker, KvEvent::Removed { tier: Tier::Device, group, hashes: vec![name] });
+    }
+
+    fn fence(&mut self, worker: Worker, restarted: bool) {
+        self.rebuild.reset(worker, restarted);
+        let _ = self.index.remove_worker(worker);
+    }
+
+    fn device(&self, worker: Worker, prompt: &[u64]) -> u32 {
+        self.index.overlap(&blocks(prompt)).get(worker).map_or(0, |o| o.device)
+    }
+}
+
+const A: Worker = Worker::new(1, 0);
+const B: Worker = Worker::new(2, 0);
+
+#[test]
+fn the_same_life_is_remembered_across_a_fence() {
+    let mut t = Test::new();
+    t.run(A, 7, &[1, 2, 3], 0);
+    t.fence(A, false);
+    t.run(A, 7, &[1, 2, 3, 4], 3);
+    assert_eq!(t.device(A, &[1, 2, 3, 4]), 4);
+    assert_eq!(t.rebuild.regained().memory, 3);
+    // And what was regained can be removed under its own name.
+    t.remove(A, chain(7, &[1, 2])[1].engine);
+    assert_eq!(t.device(A, &[1, 2, 3, 4]), 1);
+}
+
+#[test]
+fn a_chain_is_regained_once() {
+    let mut t = Test::new();
+    t.run(A, 7, &[1, 2], 0);
+    t.fence(A, false);
+    t.run(A, 7, &[1, 2, 3], 2);
+    t.run(A, 7, &[1, 2, 4], 2);
+    t.remove(A, chain(7, &[1, 2])[1].engine);
+    assert_eq!(t.device(A, &[1, 2, 3]), 1, "one copy, one removal");
+}
+
+#[test]
+fn another_life_is_believed_only_once_it_is_proven_alike() {
+    let mut t = Test::new();
+    t.run(A, 7, &[1, 2, 3], 0);
+    t.fence(A, true);
+    t.run(A, 7, &[1, 2, 3, 4], 3);
+    assert_eq!(t.device(A, &[1, 2, 3, 4]), 0);
+    assert_eq!(t.rebuild.regained(), Regained::default());
+}
+
+#[test]
+fn a_rank_that_hashes_alike_knows_the_names() {
+    let mut t = Test::new();
+    let long: Vec<u64> = (100..120).collect();
+    t.run(B, 7, &long, 0);
+    t.run(B, 7, &[1, 2, 3], 0);
+    t.fence(A, true);
+    t.run(A, 7, &[1, 2, 3, 4], 3);
+    assert_eq!(t.device(A, &[1, 2, 3, 4]), 0, "not proven yet");
+    t.run(A, 7, &long, 0);
+    t.run(A, 7, &[1, 2, 3, 5], 3);
+    assert_eq!(t.device(A, &[1, 2, 3, 5]), 4);
+    assert_eq!(t.device(A, &[1, 2, 3, 4]), 4, "the earlier orphan is linked");
+    assert_eq!(t.rebuild.regained().alike, 3);
+}
+
+#[test]
+fn a_rank_with_another_seed_is_never_believed() {
+    let mut t = Test::new();
+    let long: Vec<u64> = (100..120).collect();
+    t.run(B, 8, &long, 0);
+    t.run(B, 8, &[1, 2, 3], 0);
+    t.fence(A, true);
+    t.run(A, 7, &long, 0);
+    t.run(A, 7, &[1, 2, 3, 4], 3);
+    assert_eq!(t.device(A, &[1, 2, 3, 4]), 0);
+}
+
+#[test]
+fn names_that_mean_something_else_elsewhere_prove_nothing() {
+    let mut t = Test::new();
+    let number = |names: &[u64], prompt: &[u64]| -> Vec<StoredBlock> {
+        let pairs = names.iter().zip(prompt);
+        pairs.map(|(&n, &p)| StoredBlock { engine: EngineHash(n), block: BlockHash(p) }).collect()
+    };
+    let store = |t: &mut Test, worker, parent: Option<u64>, blocks: Vec<StoredBlock>| {
+        let parent = parent.map(EngineHash);
+        t.event(worker, KvEvent::Stored { tier: Tier::Device, group: Group::default(), parent, blocks });
+    };
+    let names: Vec<u64> = (1..=10).collect();
+    store(&mut t, B, None, number(&names, &names));
+    store(&mut t, B, None, number(&[50, 51], &[50, 51]));
+    t.fence(A, true);
+    // Engines that count their blocks: the same numbers, by chance the same content first.
+    store(&mut t, A, None, number(&names, &names));
+    store(&mut t, A, None, number(&[50], &[99]));
+    store(&mut t, A, Some(51), number(&[52], &[52]));
+    assert_eq!(t.device(A, &[50, 51, 52]), 0);
+}
+
+#[test]
+fn a_request_of_the_router_places_its_orphan() {
+    let mut t = Test::new();
+    t.fence(A, true);
+    t.rebuild.request(A, &blocks(&[1, 2, 3, 4]));
+    t.run(A, 7, &[1, 2, 3, 4, 5], 3);
+    assert_eq!(t.device(A, &[1, 2, 3, 4, 5]), 5);
+    assert_eq!(t.rebuild.regained().request, 3);
+    // The parent goes, and with it what stood above it under names of ours.
+    t.remove(A, chain(7, &[1, 2, 3])[2].engine);
+    assert_eq!(t.device(A, &[1, 2, 3, 4, 5]), 0);
+}
+
+#[test]
+fn requests_that_disagree_place_nothing() {
+    let mut t = Test::new();
+    t.fence(A, true);
+    t.rebuild.request(A, &blocks(&[1, 2, 9]));
+    t.rebuild.request(A, &blocks(&[3, 9]));
+    t.run(A, 7, &[1, 2, 9], 2);
+    assert_eq!(t.device(A, &[1, 2, 9]), 0);
+}
+
+#[test]
+fn an_answer_becomes_a_prediction_while_learning() {
+    let mut t = Test::new();
+    let prompt = blocks(&[1, 2, 3]);
+    assert_eq!(t.rebuild.answered(A, &prompt, 2, 0), None, "nothing is missing");
+    t.fence(A, false);
+    assert_eq!(t.rebuild.answered(A, &prompt, 2, 0), Some(&prompt[..2]));
+    assert_eq!(t.rebuild.answered(A, &prompt, 2, 2), None);
+    t.event(A, KvEvent::Cleared { tier: None });
+    assert_eq!(t.rebuild.answered(A, &prompt, 2, 0), None);
+    assert_eq!(t.rebuild.regained().answer, 2);
+}
+
+#[test]
+fn lineage_is_bounded() {
+    let mut t = Test::new();
+    let source = t.rebuild.lineage.source();
+    for i in 0..10_000 {
+        t.rebuild.lineage.learn(source, None, &chain(i, &[i]));
+    }
+    assert!(t.rebuild.lineage.len() <= 2_000);
+}
