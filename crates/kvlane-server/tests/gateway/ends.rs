@@ -210,3 +210,56 @@ async fn a_shutdown_does_not_wait_for_ever() {
     let _ = asking.await.unwrap();
     engine.was_left(1).await;
 }
+
+/// `KVLANE_SOAK_S=600 cargo test -p kvlane-server --test gateway -- soak` runs it for ten minutes; a second is enough to see that it works.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn soak_of_streams_whose_clients_leave_at_random() {
+    let seconds = std::env::var("KVLANE_SOAK_S").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
+    let clients = if seconds > 1 { 512 } else { 64 };
+    let engines = [Engine::start(Act::Steady(40)).await, Engine::start(Act::Steady(40)).await];
+    let router = std::sync::Arc::new(router(&engines.each_ref().map(url), |_| {}).await);
+    let until = std::time::Instant::now() + Duration::from_secs(seconds);
+    let running: Vec<_> = (0..clients)
+        .map(|seed| {
+            let router = std::sync::Arc::clone(&router);
+            tokio::spawn(async move {
+                let mut draw = seed as u64 + 1;
+                let mut asked = 0;
+                while std::time::Instant::now() < until {
+                    // A small generator of its own: the order of tasks is not repeatable anyway.
+                    draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    let pieces = (draw >> 33) % 60;
+                    let mut body = router.post("/v1/chat/completions", CHAT).await.into_body();
+                    for _ in 0..pieces {
+                        if body.frame().await.is_none() {
+                            break;
+                        }
+                    }
+                    asked += 1;
+                }
+                asked
+            })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_secs(seconds) / 4).await;
+    let early = rss_kib();
+    let mut asked = 0;
+    for client in running {
+        asked += client.await.unwrap();
+    }
+    let gone = std::time::Instant::now();
+    while engines.iter().any(|e| e.running() > 0) {
+        assert!(gone.elapsed() < Duration::from_secs(1), "an engine still works for a client that left");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    router.quiet().await;
+    println!("{asked} streams in {seconds} s; RSS {early} KiB after a quarter, {} KiB at the end", rss_kib());
+    std::sync::Arc::into_inner(router).unwrap().end().await;
+}
+
+/// Resident memory of this process; 0 where the system does not say.
+fn rss_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|kib| kib.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+}

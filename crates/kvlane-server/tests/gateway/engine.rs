@@ -27,6 +27,8 @@ pub enum Act {
     Stream(Vec<&'static str>),
     /// Streams these pieces, then cuts the connection.
     StreamThenDie(Vec<&'static str>),
+    /// Streams so many events, one every few milliseconds.
+    Steady(usize),
     /// Sends the head of a stream and cuts the connection before a byte of the body.
     DieAfterHead,
     /// Cuts the connection without a byte.
@@ -55,6 +57,8 @@ struct State {
     /// How `/tokenize` answers a body; `None`: as any other path.
     tokenize: Mutex<Option<Tokenize>>,
     go_on: Semaphore,
+    /// Requests that run now.
+    running: AtomicU64,
     /// Requests that a client or the router left before their end.
     left: watch::Sender<u64>,
     /// Connections on which a completion was asked for.
@@ -87,6 +91,7 @@ impl Engine {
             seen: Mutex::default(),
             tokenize: Mutex::default(),
             go_on: Semaphore::new(0),
+            running: AtomicU64::new(0),
             left: watch::Sender::new(0),
             connections: AtomicU64::new(0),
         });
@@ -105,7 +110,10 @@ impl Engine {
                     });
                     let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
                 });
-                handles.lock().unwrap().push(task.abort_handle());
+                let mut handles = handles.lock().unwrap();
+                // A handle keeps its task's memory.
+                handles.retain(|handle: &AbortHandle| !handle.is_finished());
+                handles.push(task.abort_handle());
             }
         });
         Self { address, state, serving: serving.abort_handle(), connections }
@@ -132,6 +140,11 @@ impl Engine {
     /// Connections on which more than probes were asked.
     pub fn completion_connections(&self) -> u64 {
         self.state.connections.load(Ordering::Relaxed)
+    }
+
+    /// Requests that run now.
+    pub fn running(&self) -> u64 {
+        self.state.running.load(Ordering::Relaxed)
     }
 
     /// Waits until so many requests were left before their end.
@@ -163,6 +176,11 @@ fn whole(status: u16, text: &str) -> Response<Body> {
 struct Leaves(Arc<State>, bool);
 
 impl Leaves {
+    fn new(state: &Arc<State>) -> Self {
+        state.running.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(state), false)
+    }
+
     fn done(&mut self) {
         self.1 = true;
     }
@@ -170,6 +188,7 @@ impl Leaves {
 
 impl Drop for Leaves {
     fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::Relaxed);
         if !self.1 {
             self.0.left.send_modify(|left| *left += 1);
         }
@@ -202,26 +221,32 @@ async fn handle(
         let tokens = tokenize(&body);
         return Ok(whole(200, &serde_json::json!({ "count": tokens.len(), "tokens": tokens }).to_string()));
     }
-    state.seen.lock().unwrap().push(Seen { path, headers: head.headers, body });
-    let cut = || Err(io::Error::other("told to"));
     let act = state.act.lock().unwrap().clone();
+    if !matches!(act, Act::Steady(_)) {
+        state.seen.lock().unwrap().push(Seen { path, headers: head.headers, body });
+    }
+    let cut = || Err(io::Error::other("told to"));
+    let steady = matches!(act, Act::Steady(_));
     let (pieces, dies) = match act {
         Act::Json(status, text) => return Ok(whole(status, &text)),
         Act::Die => return cut(),
         Act::DieUnlessFresh if !fresh => return cut(),
         Act::DieUnlessFresh => return Ok(whole(200, "{}")),
         Act::Hang => {
-            let _leaves = Leaves(Arc::clone(state), false);
+            let _leaves = Leaves::new(state);
             return std::future::pending().await;
         }
         Act::Stream(pieces) => (pieces, false),
+        Act::Steady(count) => (vec!["data: {\"choices\":[]}\n\n"; count], false),
         Act::StreamThenDie(pieces) => (pieces, true),
         Act::DieAfterHead => (vec![], true),
     };
-    let leaves = Leaves(Arc::clone(state), false);
+    let leaves = Leaves::new(state);
     let stream =
         stream::unfold((pieces.into_iter(), 0, leaves), move |(mut pieces, sent, mut leaves)| async move {
-            if sent > 0 {
+            if steady {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            } else if sent > 0 {
                 leaves.0.go_on.acquire().await.unwrap().forget();
             }
             match pieces.next() {
