@@ -2,7 +2,7 @@
 //!
 //! A trace's ids are dense and name whole prefixes, so holders of a block are one row of bits and an overlap is a run of ANDs. The
 //! production index answers the same question for hashes that it has never seen; this one only has to be exact and fast, since a run asks it for
-//! every worker at every request. `tests/` hold the two against each other.
+//! every worker at every request. Nothing compares the two yet.
 
 use kvlane_index::{EngineHash, KvEvent};
 use std::collections::{HashMap, VecDeque};
