@@ -11,7 +11,7 @@
 //!   names all of them.
 
 use crate::wire::{Batch, DropReason, Removed, Stored, WireEvent};
-use kvlane_index::hash::{Media, Namespace, block_hashes};
+use kvlane_index::hash::{Media, Namespace, Scheme, block_hashes};
 use kvlane_index::{BlockHash, BlockSize, EngineHash, Group, GroupKind, KvEvent, StoredBlock, Tier};
 
 /// At most this many pairs of a tier and a ratio of block sizes are remembered; events with more are dropped.
@@ -27,6 +27,7 @@ const MAX_REMOVED: usize = 1 << 20;
 #[derive(Clone, Debug)]
 pub struct Resolver {
     block_size: BlockSize,
+    scheme: Scheme,
     /// Ratios above 1 of an event's block size to ours, as seen so far in each tier: removals do not say theirs.
     ratios: Vec<(Tier, u32)>,
     hashes: Vec<BlockHash>,
@@ -35,7 +36,13 @@ pub struct Resolver {
 impl Resolver {
     /// For a worker whose requests are hashed in blocks of `block_size`.
     pub fn new(block_size: BlockSize) -> Self {
-        Self { block_size, ratios: Vec::new(), hashes: Vec::new() }
+        Self { block_size, scheme: Scheme::default(), ratios: Vec::new(), hashes: Vec::new() }
+    }
+
+    /// The same, hashing by other rules than kvlane's own.
+    #[must_use]
+    pub fn hashing_as(self, scheme: Scheme) -> Self {
+        Self { scheme, ..self }
     }
 
     /// Appends the events of `batch` to `out`, in the order in which they must be applied, and the reasons why some are
@@ -133,7 +140,11 @@ impl Resolver {
     }
 
     fn blocks(&mut self, stored: &Stored<'_>, ratio: u32) -> Result<Vec<StoredBlock>, DropReason> {
-        let namespace = Namespace { adapter: stored.adapter.as_deref(), salt: stored.salt.as_deref() };
+        let namespace = Namespace {
+            adapter: stored.adapter.as_deref(),
+            salt: stored.salt.as_deref(),
+            scheme: self.scheme,
+        };
         self.hashes.clear();
         let items = stored.media.as_slice();
         // Media offsets are relative to the event's block; ours are relative to the part that the item falls into.

@@ -106,7 +106,8 @@ impl Engine {
     /// Tokens that would hit at each rank.
     fn predict(&self, tokens: &[u32], request: &Value) -> BTreeMap<Worker, u64> {
         let adapter = request["body"]["model"].as_str().filter(|&model| model != "tiny");
-        let namespace = Namespace { adapter, salt: request["body"]["cache_salt"].as_str() };
+        let namespace =
+            Namespace { adapter, salt: request["body"]["cache_salt"].as_str(), ..Namespace::default() };
         let mut hashes = Vec::new();
         prompt_hashes(&tokens[..tokens.len() - 1], self.block_size, &namespace, &mut hashes);
         let mut overlaps = Overlaps::default();

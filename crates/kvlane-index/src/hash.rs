@@ -17,7 +17,7 @@
 //! mislead at that one block.
 
 use crate::BlockHash;
-use xxhash_rust::xxh3::xxh3_64_with_seed;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// The seed of a plain prompt (no adapter, no salt).
 pub const BASE_SEED: u64 = 1337;
@@ -38,6 +38,46 @@ impl BlockSize {
     }
 }
 
+/// Whose rules turn a block's tokens, adapter, salt and media into its hash. Plain blocks hash alike in both.
+///
+/// Hashes travel between processes under the number of their scheme; they mean nothing under another one.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Scheme {
+    /// kvlane's: everything enters injectively (the module's description).
+    #[default]
+    Kvlane,
+    /// The reference system's, for clients that hash by its rules: the hashes of adapter and salt are *added* to the seed, and
+    /// media enter as their sorted 64-bit ids, without their places. Here too a salt counts in the first block only, as the
+    /// engines' events do; the reference adds it to every block of a request, where the events of a longer chain do not.
+    Reference,
+}
+
+impl Scheme {
+    /// All schemes.
+    pub const ALL: [Self; 2] = [Self::Kvlane, Self::Reference];
+
+    /// Its number on the wire and in files; never used again for another one.
+    pub const fn id(self) -> u32 {
+        match self {
+            Self::Kvlane => 1,
+            Self::Reference => 2,
+        }
+    }
+
+    /// The scheme of this number.
+    pub fn from_id(id: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|scheme| scheme.id() == id)
+    }
+
+    /// The name used in JSON and on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Kvlane => "kvlane",
+            Self::Reference => "reference",
+        }
+    }
+}
+
 /// What separates equal tokens into different caches.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Namespace<'a> {
@@ -45,6 +85,8 @@ pub struct Namespace<'a> {
     pub adapter: Option<&'a str>,
     /// The request's cache salt; `None` or empty = none.
     pub salt: Option<&'a str>,
+    /// By whose rules.
+    pub scheme: Scheme,
 }
 
 /// A picture, sound or other item inside a block.
@@ -59,19 +101,30 @@ pub struct Media<'a> {
 impl Namespace<'_> {
     /// The seed of every block but the first.
     pub fn seed(&self) -> u64 {
-        match self.adapter {
-            None | Some("") => BASE_SEED,
-            Some(name) => xxh3_64_with_seed(&framed(b'L', name), BASE_SEED),
+        match (self.adapter, self.scheme) {
+            (None | Some(""), _) => BASE_SEED,
+            (Some(name), Scheme::Kvlane) => xxh3_64_with_seed(&framed(b'L', name), BASE_SEED),
+            (Some(name), Scheme::Reference) => BASE_SEED.wrapping_add(xxh3_64(name.as_bytes())),
         }
     }
 
     /// The seed of the first block of a prompt.
     pub fn root_seed(&self) -> u64 {
-        match self.salt {
-            None | Some("") => self.seed(),
-            Some(salt) => xxh3_64_with_seed(&framed(b'S', salt), self.seed()),
+        match (self.salt, self.scheme) {
+            (None | Some(""), _) => self.seed(),
+            (Some(salt), Scheme::Kvlane) => xxh3_64_with_seed(&framed(b'S', salt), self.seed()),
+            (Some(salt), Scheme::Reference) => {
+                self.seed().wrapping_add(xxh3_64_with_seed(salt.as_bytes(), 1))
+            }
         }
     }
+}
+
+/// The reference's number for an item: the first 16 digits of 64 hexadecimal ones, else a hash of the text.
+fn media_id(identifier: &str) -> u64 {
+    let digits = identifier.len() == 64 && identifier.bytes().all(|b| b.is_ascii_hexdigit());
+    let id = identifier.get(..16).filter(|_| digits).and_then(|head| u64::from_str_radix(head, 16).ok());
+    id.unwrap_or_else(|| xxh3_64(identifier.as_bytes()))
 }
 
 /// Domain byte, length, bytes: no two lists of frames are the same bytes.
@@ -113,11 +166,21 @@ pub fn block_hashes<'m, M, I>(
         for token in block {
             bytes.extend_from_slice(&token.to_le_bytes());
         }
-        items.sort_unstable();
-        for item in items {
-            bytes.push(b'M');
-            bytes.extend_from_slice(&item.offset.to_le_bytes());
-            bytes.extend_from_slice(&framed(b'm', item.identifier));
+        match namespace.scheme {
+            Scheme::Kvlane => {
+                items.sort_unstable();
+                for item in items {
+                    bytes.push(b'M');
+                    bytes.extend_from_slice(&item.offset.to_le_bytes());
+                    bytes.extend_from_slice(&framed(b'm', item.identifier));
+                }
+            }
+            Scheme::Reference => {
+                let mut ids: Vec<u64> = items.iter().map(|item| media_id(item.identifier)).collect();
+                ids.sort_unstable();
+                ids.dedup();
+                ids.iter().for_each(|id| bytes.extend_from_slice(&id.to_le_bytes()));
+            }
         }
         out.push(BlockHash(xxh3_64_with_seed(&bytes, block_seed)));
         block_seed = seed;
@@ -163,8 +226,33 @@ mod tests {
     }
 
     #[test]
+    fn the_references_scheme_adds_to_the_seed() {
+        let scheme = Scheme::Reference;
+        let bytes = |block: [u32; 2]| block.map(u32::to_le_bytes).concat();
+        let tokens = [1, 2, 3, 4];
+        let plain = hashes(&tokens, Namespace { scheme, ..Default::default() });
+        assert_eq!(plain, hashes(&tokens, Namespace::default()));
+        let seed = 1337u64.wrapping_add(xxh3_64(b"lora"));
+        let adapted = hashes(&tokens, Namespace { adapter: Some("lora"), scheme, ..Default::default() });
+        assert_eq!(adapted, [[1, 2], [3, 4]].map(|block| xxh3_64_with_seed(&bytes(block), seed)));
+        let salted = hashes(&tokens, Namespace { adapter: Some("lora"), salt: Some("s"), scheme });
+        let root = seed.wrapping_add(xxh3_64_with_seed(b"s", 1));
+        assert_eq!(salted, [xxh3_64_with_seed(&bytes([1, 2]), root), adapted[1]]);
+
+        let identifier = format!("00000000000000ff{}", "0".repeat(48));
+        let media =
+            |_: usize| ["x", &identifier, "x"].map(|identifier| Media { offset: 1, identifier }).into_iter();
+        let mut out = Vec::new();
+        let namespace = Namespace { scheme, ..Default::default() };
+        block_hashes(&[1, 2], BlockSize::new(2).unwrap(), &namespace, true, media, &mut out);
+        let ids = [255, xxh3_64(b"x")];
+        let block = [bytes([1, 2]), ids.map(u64::to_le_bytes).concat()].concat();
+        assert_eq!(out, [BlockHash(xxh3_64_with_seed(&block, 1337))]);
+    }
+
+    #[test]
     fn empty_adapter_and_salt_are_none() {
-        let empty = Namespace { adapter: Some(""), salt: Some("") };
+        let empty = Namespace { adapter: Some(""), salt: Some(""), ..Default::default() };
         assert_eq!(hashes(&[1, 2], empty), hashes(&[1, 2], Namespace::default()));
     }
 }

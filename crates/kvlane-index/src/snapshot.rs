@@ -88,6 +88,24 @@ pub fn write(index: &Index) -> Vec<u8> {
     out
 }
 
+/// Appends a worker's [`dump`](crate::Index::dump) to `out`, in the layout of a snapshot's events, without their count. For whoever
+/// keeps one worker's content apart from the others', with a frame and a checksum of their own.
+pub fn write_events(events: &[KvEvent], out: &mut Vec<u8>) {
+    for event in events {
+        write_event(event, out);
+    }
+}
+
+/// Reads back what [`write_events`] wrote; the bytes must end with an event.
+pub fn read_events(bytes: &[u8]) -> Result<Vec<KvEvent>, SnapshotError> {
+    let mut reader = Reader(bytes);
+    let mut events = Vec::new();
+    while !reader.0.is_empty() {
+        events.push(reader.event()?);
+    }
+    Ok(events)
+}
+
 fn write_event(event: &KvEvent, out: &mut Vec<u8>) {
     let mut head = |event: u8, tier: Tier, id: GroupId, kind: GroupKind| {
         let (kind, window) = match kind {
@@ -292,6 +310,15 @@ mod tests {
         assert_eq!((all.device, all.disk), (3, 3));
         assert_eq!(overlaps.get(Worker::new(1, 3)), None, "its first block is a hole");
         assert_eq!(write(&index), sample());
+    }
+
+    #[test]
+    fn one_workers_events_travel_alone() {
+        let events = read(&sample(), size(16)).unwrap().remove(0).1;
+        let mut bytes = Vec::new();
+        write_events(&events, &mut bytes);
+        assert_eq!(read_events(&bytes).unwrap(), events);
+        assert_eq!(read_events(&bytes[..bytes.len() - 1]), Err(SnapshotError::Corrupt));
     }
 
     #[test]

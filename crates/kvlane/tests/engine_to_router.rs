@@ -68,7 +68,11 @@ fn request(id: u64, dice: &mut Dice, block_size: BlockSize) -> Request {
     let tokens: Vec<u32> = (0..length + output_tokens).map(|i| family * 70_000 + i).collect();
     let adapter = (dice.below(3) == 0).then(|| (1, "ad".to_owned()));
     let salt = (dice.below(3) == 0).then(|| format!("tenant-{}", dice.below(2)));
-    let namespace = Namespace { adapter: adapter.as_ref().map(|a| a.1.as_str()), salt: salt.as_deref() };
+    let namespace = Namespace {
+        adapter: adapter.as_ref().map(|a| a.1.as_str()),
+        salt: salt.as_deref(),
+        ..Namespace::default()
+    };
     let mut blocks = Vec::new();
     prompt_hashes(&tokens, block_size, &namespace, &mut blocks);
     let content = Some(Arc::new(Content { tokens, adapter, salt }));

@@ -29,6 +29,7 @@ pub use limits::Limits;
 use crate::resolve::Resolver;
 use crate::wire::{DropReason, EngineKind};
 use buffer::Buffer;
+use kvlane_index::hash::Scheme;
 use kvlane_index::{BlockSize, KvEvent};
 use recent::Recent;
 
@@ -299,6 +300,12 @@ impl Stream {
             events: Vec::new(),
             reasons: Vec::new(),
         }
+    }
+
+    /// The same, hashing blocks by other rules than kvlane's own.
+    #[must_use]
+    pub fn hashing_as(self, scheme: Scheme) -> Self {
+        Self { resolver: self.resolver.hashing_as(scheme), ..self }
     }
 
     /// Takes one input at the caller's time (milliseconds, never going back) and appends what is to be done to `out`.

@@ -15,6 +15,7 @@ use crate::clock;
 use crate::config::{EventsSetting, WorkerSpec};
 use crate::ingest::{Following, Report, Work, follow};
 use kvlane_events::stream::{Limits, StreamConfig};
+use kvlane_index::hash::Scheme;
 use kvlane_index::{InstanceId, Worker};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -129,6 +130,7 @@ impl Watch {
                     replay: publisher.replay.is_some(),
                     limits: Limits::default(),
                 },
+                scheme: Scheme::default(),
                 lane: partition.lane.clone(),
                 counters: self.shared.counters(worker),
                 process_start: process_start.subscribe(),

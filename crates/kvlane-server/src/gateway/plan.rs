@@ -447,7 +447,7 @@ fn prompt_blocks(
     let fields = fields?;
     let adapter =
         fields.model.as_deref().filter(|name| instance.model(name).is_some_and(|m| m.parent.is_some()));
-    let namespace = Namespace { adapter, salt: fields.cache_salt.as_deref() };
+    let namespace = Namespace { adapter, salt: fields.cache_salt.as_deref(), ..Namespace::default() };
     let mut hashes = Vec::with_capacity(tokens.len() / partition.block_size.tokens() as usize);
     prompt_hashes(tokens, partition.block_size, &namespace, &mut hashes);
     Some(PromptBlocks {
@@ -458,7 +458,7 @@ fn prompt_blocks(
 }
 
 /// Chained ids of the prompt's prefixes, one for every few blocks; returns the tokens that each stands for.
-fn ledger_ids(hashes: &[BlockHash], block_size: u32, out: &mut Vec<u64>) -> u32 {
+pub(crate) fn ledger_ids(hashes: &[BlockHash], block_size: u32, out: &mut Vec<u64>) -> u32 {
     let stride = LEDGER_ID_TOKENS_MIN.div_ceil(block_size);
     let mut chain = 0u64;
     for group in hashes.chunks_exact(stride as usize) {

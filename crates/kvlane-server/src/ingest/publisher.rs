@@ -9,6 +9,7 @@ use crate::clock;
 use crate::fleet::{Publisher, Trust};
 use kvlane_events::stream::{Action, Counters, Fault, Input, State, Stream, StreamConfig};
 use kvlane_events::wire::DropReason;
+use kvlane_index::hash::Scheme;
 use kvlane_index::{KvEvent, Worker};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +23,8 @@ pub(crate) struct Following {
     pub(crate) worker: Worker,
     pub(crate) publisher: Publisher,
     pub(crate) config: StreamConfig,
+    /// How the partition's blocks are hashed.
+    pub(crate) scheme: Scheme,
     pub(crate) lane: Lane,
     pub(crate) counters: Arc<RankCounters>,
     /// The engine's `process_start_time_seconds`, sent again whenever it was read.
@@ -40,13 +43,14 @@ pub(crate) trait Report: Send + 'static {
 
 /// Runs until it is dropped, or until the partition is gone.
 pub(crate) async fn follow(task: Following, report: impl Report) {
-    let Following { worker, publisher, config, lane, counters, mut process_start, mut relearn } = task;
+    let Following { worker, publisher, config, scheme, lane, counters, mut process_start, mut relearn } =
+        task;
     let topic = publisher.topic.clone().unwrap_or_default();
     let (mut live, _subscription) = socket::subscribe(publisher.events.clone(), topic);
     let mut rank = Rank {
         worker,
         publisher,
-        stream: Stream::new(config),
+        stream: Stream::new(config).hashing_as(scheme),
         lane,
         counters,
         report,

@@ -80,6 +80,7 @@ pub(super) async fn start(
             let namespace = Namespace {
                 adapter: adapter.as_ref().map(|a| a.1.as_str()),
                 salt: common.cache_salt.as_deref(),
+                ..Namespace::default()
             };
             let mut blocks = Vec::new();
             // The last token is never computed, so no block that needs it becomes full.
