@@ -7,8 +7,11 @@ pub mod doctor;
 mod explain;
 pub mod fleet;
 mod gateway;
+mod http_server;
+pub mod indexer;
 pub mod ingest;
 mod metrics;
+mod select;
 mod serve;
 
 pub use gateway::TokenizerSetting;

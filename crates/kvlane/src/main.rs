@@ -6,6 +6,7 @@
 mod demo;
 mod events_cmd;
 mod index_run;
+mod indexer;
 mod mock_engine;
 mod serve;
 mod simulate;
@@ -31,6 +32,8 @@ struct Cli {
 enum Command {
     /// Route requests over engines: speaks OpenAI to clients, reads the engines' cache events.
     Serve(serve::Args),
+    /// Keep the index as a service for others: hears engines, answers over HTTP who holds what.
+    Indexer(indexer::Args),
     /// See it work without a GPU: four mock engines and the router in one process, then a comparison.
     Demo(demo::Args),
     /// Run one engine that only pretends: vLLM's HTTP and cache events, a real block cache, measured times.
@@ -59,6 +62,7 @@ fn main() -> anyhow::Result<()> {
     runtime.block_on(async {
         match cli.command {
             Command::Serve(args) => serve::run(args).await,
+            Command::Indexer(args) => indexer::run(args).await,
             Command::Demo(args) => demo::run(args).await,
             Command::MockEngine(args) => mock_engine::run(*args).await,
             Command::Simulate(args) => simulate::run(&args),

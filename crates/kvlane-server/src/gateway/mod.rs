@@ -20,8 +20,9 @@ mod table;
 mod upstream;
 mod usage;
 
+pub(crate) use plan::ledger_ids;
 pub use prompts::TokenizerSetting;
-pub(crate) use table::{Table, Upstream};
+pub(crate) use table::{Table, Upstream, believed};
 
 use self::body::ResponseBody;
 use self::error::ClientError;

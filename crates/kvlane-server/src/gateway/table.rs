@@ -124,7 +124,7 @@ impl Upstream {
                         .expect("an authority has no bytes that a header may not have"),
                     name,
                     rank_header: several.then(|| HeaderValue::from(number)),
-                    trust: trust(&rank.trust),
+                    trust: believed(&rank.trust),
                     complete: rank.trust == Trust::Live,
                     counters: fleet.counters(rank.worker),
                 }
@@ -164,7 +164,7 @@ impl RankFacts {
 
 /// Nothing in the index is false while a hole is being filled, only missing; so only a stream that is known to be out of step
 /// is believed less.
-fn trust(trust: &Trust) -> f64 {
+pub(crate) fn believed(trust: &Trust) -> f64 {
     match trust {
         Trust::Live | Trust::Blind(_) | Trust::Replaying | Trust::Rebuilding(_) => 1.0,
         Trust::Degraded(_) => 0.5,

@@ -1,0 +1,127 @@
+//! A small HTTP/1.1 server around an axum router, with a bound on everything that a client decides.
+//!
+//! `axum::serve` has neither a limit of connections nor a time in which a request head must have come, so a few idle sockets would
+//! hold it up. The gateway has a loop of its own, because it drains streams.
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Pause after a failed `accept`: out of file descriptors is the usual reason, and it passes.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 4096;
+/// Running requests get this long to end after the shutdown began.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// What one client may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Connections at a time; more wait to be accepted.
+    pub(crate) connections: usize,
+    /// Longest request head, in bytes.
+    pub(crate) head_bytes: usize,
+    /// A client that sends no (whole) request head for this long is hung up on.
+    pub(crate) head_timeout: Duration,
+    /// A client that acknowledges nothing for this long, while there is something for it, is given up.
+    pub(crate) stall: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 4_096,
+            head_bytes: 64 * 1024,
+            head_timeout: Duration::from_secs(75),
+            stall: Duration::from_secs(60),
+        }
+    }
+}
+
+/// Listens on an address.
+pub(crate) fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let domain = socket2::Domain::for_address(address);
+    let socket = socket2::Socket::new(domain, socket2::Type::STREAM, Some(socket2::Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// Serves until `shutdown` is cancelled and what runs then has ended, or was cut off.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    router: Router,
+    limits: Limits,
+    shutdown: CancellationToken,
+) {
+    let connections = TaskTracker::new();
+    let cut = CancellationToken::new();
+    let room = Arc::new(Semaphore::new(limits.connections));
+    let accepting = async {
+        loop {
+            let place = Arc::clone(&room).acquire_owned().await.expect("this semaphore is never closed");
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
+            if let Err(error) = prepare(&stream, limits.stall) {
+                tracing::debug!(%error, "a connection ended before it began");
+                continue;
+            }
+            let serving = connection(stream, router.clone(), limits, shutdown.clone());
+            connections.spawn(cut.clone().run_until_cancelled_owned(async move {
+                serving.await;
+                drop(place);
+            }));
+        }
+    };
+    shutdown.run_until_cancelled(accepting).await;
+    connections.close();
+    if tokio::time::timeout(DRAIN, connections.wait()).await.is_err() {
+        cut.cancel();
+        connections.wait().await;
+    }
+}
+
+fn prepare(stream: &TcpStream, stall: Duration) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    #[cfg(target_os = "linux")]
+    socket2::SockRef::from(stream).set_tcp_user_timeout(Some(stall))?;
+    Ok(())
+}
+
+async fn connection(stream: TcpStream, router: Router, limits: Limits, closing: CancellationToken) {
+    let mut serving = pin!(
+        http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(limits.head_timeout)
+            .max_buf_size(limits.head_bytes)
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
+    );
+    let ended = tokio::select! {
+        ended = &mut serving => ended,
+        () = closing.cancelled() => {
+            serving.as_mut().graceful_shutdown();
+            serving.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection ended early");
+    }
+}
