@@ -16,6 +16,12 @@ pub enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Whether the policy `reference` chooses as the reference's own selector does, on seeded states.
+    Picks {
+        /// How many decisions.
+        #[arg(default_value_t = 100_000)]
+        decisions: u64,
+    },
     /// The gateway beside its peers and nginx (`bench/gateway`); installs them into target/bench/peers.
     Gateway {
         /// Its options: `--quick`, `--only NAMES`, `--cells NAMES`, `--rounds N`, `--time-ms N`.
@@ -31,8 +37,9 @@ pub fn run(bench: &Bench) -> Result<()> {
             let question = arguments.first().is_some_and(|a| !a.starts_with('-'));
             let mut all = if question { vec![] } else { vec!["all".to_owned()] };
             all.extend(arguments.iter().cloned());
-            workspace("bench/opponents", &all)
+            workspace("bench/opponents", "opponents", &all)
         }
+        Bench::Picks { decisions } => workspace("bench/opponents", "picks", &[decisions.to_string()]),
         Bench::Gateway { arguments } => {
             let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
             let status = Command::new(env!("CARGO"))
@@ -45,17 +52,17 @@ pub fn run(bench: &Bench) -> Result<()> {
             let folder = root.join("target/bench/peers").display().to_string();
             let mut all = vec!["run".to_owned(), "--kvlane".into(), kvlane, "--folder".into(), folder];
             all.extend(arguments.iter().cloned());
-            workspace("bench/gateway", &all)
+            workspace("bench/gateway", "gateway-bench", &all)
         }
     }
 }
 
-fn workspace(folder: &str, arguments: &[String]) -> Result<()> {
+fn workspace(folder: &str, package: &str, arguments: &[String]) -> Result<()> {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(folder).join("Cargo.toml");
     let status = Command::new(env!("CARGO"))
         .args(["run", "--release", "--locked", "--manifest-path"])
         .arg(&manifest)
-        .arg("--")
+        .args(["--package", package, "--"])
         .args(arguments)
         .status()
         .with_context(|| format!("could not run {}", manifest.display()))?;

@@ -23,6 +23,8 @@ pub struct Load {
     pub decode_tokens: u64,
     /// Prompt tokens of requests in flight, prefixes that they share counted once.
     pub prompt_tokens: u64,
+    /// Of those, tokens behind the last whole block of prompts whose blocks are known.
+    pub partial_tokens: u64,
     /// Output tokens so far of requests in flight.
     pub output_tokens: u64,
     /// When the prefill that is computed now began, at the earliest: the latest first token or end of a prefill here, or the booking that ended an idle
@@ -115,6 +117,12 @@ pub(crate) struct InFlight {
     blocks: Vec<u64>,
 }
 
+impl InFlight {
+    fn partial_tokens(&self) -> u64 {
+        if self.blocks.is_empty() { 0 } else { u64::from(self.tail_tokens) }
+    }
+}
+
 /// One worker's side of the ledger.
 #[derive(Debug, Default)]
 struct Account {
@@ -197,6 +205,7 @@ impl Ledger {
         account.load.prefill_tokens += u64::from(booking.prompt_tokens - cached_tokens);
         account.load.prefill_ms += request.prefill_ms;
         account.load.prompt_tokens += u64::from(request.tail_tokens);
+        account.load.partial_tokens += request.partial_tokens();
         for block in &request.blocks {
             let (holders, _) = account.holders.entry(*block).or_insert((0, booking.block_id_tokens));
             *holders += 1;
@@ -253,6 +262,7 @@ impl Ledger {
             account.end_prefill(&request, now_ms);
         }
         account.load.prompt_tokens -= u64::from(request.tail_tokens);
+        account.load.partial_tokens -= request.partial_tokens();
         for block in &request.blocks {
             let Some((holders, tokens)) = account.holders.get_mut(block) else { continue };
             *holders -= 1;

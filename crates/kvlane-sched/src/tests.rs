@@ -301,6 +301,23 @@ fn the_reference_counts_blocks() {
     assert_eq!(d.rows[1].terms[..2], [4.0, 4.0]);
 }
 
+/// Rests of prompts behind their last whole block were added up to blocks that no engine has.
+#[test]
+fn the_reference_counts_whole_blocks_only() {
+    let profile = Profile::new(16);
+    let candidates = candidates(&profile, 1);
+    let mut s = scheduler("reference");
+    let mut rng = Rng::new(3);
+    let request = |id, blocks| Request { blocks, block_id_tokens: 16, ..Request::new(RequestId(id), 31) };
+    for (id, block) in [[1], [2]].iter().enumerate() {
+        let one = request(id as u64, block);
+        let d = decide(&s, &one, &candidates, &mut rng);
+        s.book(&one, &d, candidates[0].worker, 0.0).unwrap();
+    }
+    let d = decide(&s, &request(9, &[3]), &candidates, &mut rng);
+    assert_eq!(d.rows[0].terms[1], 3.0);
+}
+
 /// Serves one request at `worker` alone, `factor` times slower than the priors.
 fn serve_alone(s: &mut Scheduler, worker: Worker, id: u64, factor: f64, now_ms: f64) -> f64 {
     let profile = Profile::new(16);

@@ -48,7 +48,7 @@ impl Policy for Reference {
         let shared =
             view.ledger.held_blocks(row.worker, request.blocks) as f64 * f64::from(request.block_id_tokens);
         let own_blocks = (f64::from(task.prompt_tokens) / block).floor();
-        let active_blocks = (row.load.prompt_tokens as f64 / block).floor();
+        let active_blocks = ((row.load.prompt_tokens - row.load.partial_tokens) as f64 / block).floor();
         row.terms[1] = active_blocks + (own_blocks - (shared / block).floor()).max(0.0);
     }
 }
