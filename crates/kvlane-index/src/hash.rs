@@ -17,6 +17,7 @@
 //! mislead at that one block.
 
 use crate::BlockHash;
+use crate::block_hash::{BlockHasher, little_endian};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// The seed of a plain prompt (no adapter, no salt).
@@ -136,6 +137,40 @@ fn framed(domain: u8, text: &str) -> Vec<u8> {
     out
 }
 
+static PLAIN: BlockHasher = BlockHasher::new(BASE_SEED);
+
+/// Hashes blocks that contain nothing but tokens.
+struct Hashers {
+    root_seed: u64,
+    seed: u64,
+    /// Under `seed`, unless that is the plain one.
+    seeded: Option<BlockHasher>,
+}
+
+impl Hashers {
+    fn new(namespace: &Namespace<'_>, at_root: bool) -> Self {
+        let seed = namespace.seed();
+        let root_seed = if at_root { namespace.root_seed() } else { seed };
+        Self { root_seed, seed, seeded: (seed != BASE_SEED).then(|| BlockHasher::new(seed)) }
+    }
+
+    fn seed_of(&self, block: usize) -> u64 {
+        if block == 0 { self.root_seed } else { self.seed }
+    }
+
+    /// Appends the hashes of whole blocks, the first of which is number `from`.
+    fn append(&self, mut tokens: &[u32], size: BlockSize, from: usize, out: &mut Vec<BlockHash>) {
+        if from == 0
+            && self.root_seed != self.seed
+            && let Some((first, rest)) = tokens.split_at_checked(size.tokens() as usize)
+        {
+            BlockHasher::new(self.root_seed).append(first, size, out);
+            tokens = rest;
+        }
+        self.seeded.as_ref().unwrap_or(&PLAIN).append(tokens, size, out);
+    }
+}
+
 /// Hashes of the whole blocks of `tokens`, appended to `out`; a rest shorter than a block is left out.
 ///
 /// `at_root` says that the first token is the first of the prompt (only there does a salt count). `media(i)` lists what
@@ -151,39 +186,41 @@ pub fn block_hashes<'m, M, I>(
     M: FnMut(usize) -> I,
     I: IntoIterator<Item = Media<'m>>,
 {
-    let seed = namespace.seed();
-    let mut block_seed = if at_root { namespace.root_seed() } else { seed };
-    let mut bytes = Vec::new();
-    for (i, block) in tokens.chunks_exact(block_size.tokens() as usize).enumerate() {
-        let mut items: Vec<Media<'m>> = media(i).into_iter().collect();
-        if items.is_empty() && cfg!(target_endian = "little") {
-            // The tokens lie in memory as they are hashed.
-            out.push(BlockHash(xxh3_64_with_seed(bytemuck::cast_slice(block), block_seed)));
-            block_seed = seed;
+    let hashers = Hashers::new(namespace, at_root);
+    let size = block_size.tokens() as usize;
+    let (blocks, mut done) = (tokens.len() / size, 0);
+    for at in 0..blocks {
+        let mut items = media(at).into_iter().peekable();
+        if items.peek().is_none() {
             continue;
         }
-        bytes.clear();
-        for token in block {
-            bytes.extend_from_slice(&token.to_le_bytes());
-        }
-        match namespace.scheme {
-            Scheme::Kvlane => {
-                items.sort_unstable();
-                for item in items {
-                    bytes.push(b'M');
-                    bytes.extend_from_slice(&item.offset.to_le_bytes());
-                    bytes.extend_from_slice(&framed(b'm', item.identifier));
-                }
+        hashers.append(&tokens[done * size..at * size], block_size, done, out);
+        let mut buffer = Vec::new();
+        let mut bytes = little_endian(&tokens[at * size..(at + 1) * size], &mut buffer).to_vec();
+        frame_media(namespace.scheme, items, &mut bytes);
+        out.push(BlockHash(xxh3_64_with_seed(&bytes, hashers.seed_of(at))));
+        done = at + 1;
+    }
+    hashers.append(&tokens[done * size..blocks * size], block_size, done, out);
+}
+
+fn frame_media<'m>(scheme: Scheme, items: impl Iterator<Item = Media<'m>>, bytes: &mut Vec<u8>) {
+    match scheme {
+        Scheme::Kvlane => {
+            let mut items: Vec<Media<'m>> = items.collect();
+            items.sort_unstable();
+            for item in items {
+                bytes.push(b'M');
+                bytes.extend_from_slice(&item.offset.to_le_bytes());
+                bytes.extend_from_slice(&framed(b'm', item.identifier));
             }
-            Scheme::Reference => {
-                let mut ids: Vec<u64> = items.iter().map(|item| media_id(item.identifier)).collect();
-                ids.sort_unstable();
-                ids.dedup();
-                ids.iter().for_each(|id| bytes.extend_from_slice(&id.to_le_bytes()));
-            }
         }
-        out.push(BlockHash(xxh3_64_with_seed(&bytes, block_seed)));
-        block_seed = seed;
+        Scheme::Reference => {
+            let mut ids: Vec<u64> = items.map(|item| media_id(item.identifier)).collect();
+            ids.sort_unstable();
+            ids.dedup();
+            ids.iter().for_each(|id| bytes.extend_from_slice(&id.to_le_bytes()));
+        }
     }
 }
 
@@ -194,7 +231,27 @@ pub fn prompt_hashes(
     namespace: &Namespace<'_>,
     out: &mut Vec<BlockHash>,
 ) {
-    block_hashes(tokens, block_size, namespace, true, |_| [], out);
+    prompt_hashes_in_stretches(tokens, block_size, namespace, out, |_| {});
+}
+
+/// Blocks hashed between two calls of `each`: their hashes are still in the nearest cache.
+const STRETCH: usize = 64;
+
+/// [`prompt_hashes`], with a call of `each` whenever some more hashes are in `out`.
+pub(crate) fn prompt_hashes_in_stretches(
+    tokens: &[u32],
+    block_size: BlockSize,
+    namespace: &Namespace<'_>,
+    out: &mut Vec<BlockHash>,
+    mut each: impl FnMut(&[BlockHash]),
+) {
+    let hashers = Hashers::new(namespace, true);
+    let size = block_size.tokens() as usize;
+    out.reserve(tokens.len() / size);
+    for (at, stretch) in tokens.chunks(STRETCH.saturating_mul(size)).enumerate() {
+        hashers.append(&stretch[..stretch.len() / size * size], block_size, at * STRETCH, out);
+        each(out);
+    }
 }
 
 #[cfg(test)]
@@ -248,6 +305,46 @@ mod tests {
         let ids = [255, xxh3_64(b"x")];
         let block = [bytes([1, 2]), ids.map(u64::to_le_bytes).concat()].concat();
         assert_eq!(out, [BlockHash(xxh3_64_with_seed(&block, 1337))]);
+    }
+
+    #[test]
+    fn blocks_beside_media_hash_as_they_do_alone() {
+        let size = BlockSize::new(16).unwrap();
+        let tokens: Vec<u32> = (0..16 * 9 + 5).collect();
+        let item = Media { offset: 3, identifier: "picture" };
+        for (salt, scheme) in
+            [(None, Scheme::Kvlane), (Some("s"), Scheme::Kvlane), (Some("s"), Scheme::Reference)]
+        {
+            let namespace = Namespace { salt, scheme, adapter: Some("a") };
+            for at_root in [true, false] {
+                let with = |media: &dyn Fn(usize) -> Option<Media<'static>>| {
+                    let mut out = Vec::new();
+                    block_hashes(&tokens, size, &namespace, at_root, media, &mut out);
+                    out
+                };
+                let bare = with(&|_| None);
+                assert_eq!(bare.len(), 9);
+                for seen in 0..9 {
+                    let hashes = with(&|at| (at == seen).then_some(item));
+                    for (at, hash) in hashes.iter().enumerate() {
+                        assert_eq!(*hash == bare[at], at != seen, "block {at}, media in {seen}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn stretches_hash_as_the_whole_does() {
+        let size = BlockSize::new(8).unwrap();
+        let namespace = Namespace { salt: Some("s"), ..Default::default() };
+        for blocks in [0, 1, STRETCH - 1, STRETCH, STRETCH + 1, 3 * STRETCH] {
+            let tokens: Vec<u32> = (0..8 * blocks as u32 + 3).collect();
+            let (mut whole, mut stretched, mut seen) = (Vec::new(), Vec::new(), 0);
+            block_hashes(&tokens, size, &namespace, true, |_| [], &mut whole);
+            prompt_hashes_in_stretches(&tokens, size, &namespace, &mut stretched, |out| seen = out.len());
+            assert_eq!((&whole, whole.len()), (&stretched, seen));
+        }
     }
 
     #[test]

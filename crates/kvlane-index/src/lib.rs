@@ -58,6 +58,7 @@
 //! of hashing its blocks' prefixes comes on top. Clearing or removing a worker costs what that worker holds.
 
 mod applied;
+mod block_hash;
 mod config;
 mod event;
 pub mod hash;

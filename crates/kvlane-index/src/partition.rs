@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::hash::{Namespace, prompt_hashes};
+use crate::hash::{Namespace, prompt_hashes_in_stretches};
 use crate::tree::{Shared, Tree};
 use crate::{
     Applied, BlockHash, BlockSize, Held, IndexConfig, IndexStats, InstanceId, KvEvent, Overlaps, Worker,
@@ -108,22 +108,24 @@ impl Index {
     /// For a prompt that is asked about more than once, or whose tokens are being hashed anyway: the answer to
     /// [`overlap_hashed`](Self::overlap_hashed) then costs a few looks, however long the prompt is.
     pub fn hash(&self, tokens: &[u32], namespace: &Namespace<'_>, out: &mut HashedPrompt) {
-        out.blocks.clear();
-        prompt_hashes(tokens, self.block_size, namespace, &mut out.blocks);
-        self.hash_blocks(out);
+        let HashedPrompt { blocks, prefixes, root } = out;
+        let hasher = self.shared.hasher();
+        blocks.clear();
+        prefixes.clear();
+        prompt_hashes_in_stretches(tokens, self.block_size, namespace, blocks, |blocks| {
+            hasher.extend(blocks, blocks.len(), prefixes);
+        });
+        *root = hasher.root();
     }
 
     /// The same from block hashes.
     pub fn hash_prompt(&self, blocks: &[BlockHash], out: &mut HashedPrompt) {
+        let hasher = self.shared.hasher();
         out.blocks.clear();
         out.blocks.extend_from_slice(blocks);
-        self.hash_blocks(out);
-    }
-
-    fn hash_blocks(&self, out: &mut HashedPrompt) {
         out.prefixes.clear();
-        self.shared.hasher().extend(&out.blocks, out.blocks.len(), &mut out.prefixes);
-        out.root = self.shared.hasher().root();
+        hasher.extend(blocks, blocks.len(), &mut out.prefixes);
+        out.root = hasher.root();
     }
 
     /// [`overlap`](Self::overlap) of a prompt hashed for this partition; one hashed for a partition with another prefix key

@@ -83,66 +83,104 @@ impl PrefixHasher {
     pub(crate) fn extend(&self, prompt: &[BlockHash], end: usize, hashes: &mut Vec<u64>) {
         let from = hashes.len();
         let Some(blocks) = prompt.get(from..end) else { return };
-        let mut prefix = hashes.last().copied().unwrap_or(self.root);
-        if blocks.len() < wide::WORTH_IT {
-            hashes.extend(blocks.iter().zip(from as u32..).map(|(block, depth)| {
-                prefix = self.next(prefix, *block, depth);
+        let before = hashes.last().copied().unwrap_or(self.root);
+        self.append(before, blocks, from as u32, hashes);
+    }
+
+    /// Appends the prefix hash after each of `blocks`, of which the first is at depth `from` and follows the prefix hash `before`.
+    pub(crate) fn append(&self, before: u64, blocks: &[BlockHash], from: u32, hashes: &mut Vec<u64>) {
+        let mut prefix = before;
+        // First the mixes of a stretch, which do not wait for one another, then their sums.
+        let mut mixes = [0; STRETCH];
+        for (at, stretch) in (from..).step_by(STRETCH).zip(blocks.chunks(STRETCH)) {
+            let mixes = &mut mixes[..stretch.len()];
+            wide::mix(self, stretch, at, mixes);
+            hashes.extend(mixes.iter().map(|mix| {
+                prefix = prefix.wrapping_add(*mix);
                 prefix
             }));
-            return;
-        }
-        // First the mixes, which do not wait for one another, then their sum.
-        hashes.extend(blocks.iter().map(|block| block.0));
-        wide::mix_all(self, &mut hashes[from..], from as u32);
-        for hash in &mut hashes[from..] {
-            prefix = prefix.wrapping_add(*hash);
-            *hash = prefix;
         }
     }
 
-    /// Replaces each block hash by its mix; the first is at depth `from`. Plain code that the compiler can make wide.
+    /// The prefix hash after `blocks`, of which the first is at depth `from` and follows the prefix hash `before`.
+    pub(crate) fn after(&self, before: u64, blocks: &[BlockHash], from: u32) -> u64 {
+        before.wrapping_add(wide::sum(self, blocks, from))
+    }
+
+    /// The mixes of `blocks`, the first of which is at depth `from`. Plain code that the compiler can make wide.
     #[inline(always)]
-    fn mix_each(&self, blocks: &mut [u64], from: u32) {
+    fn mixes(&self, blocks: &[BlockHash], from: u32) -> impl Iterator<Item = u64> {
         let Self { step, mul, .. } = *self;
-        let first = u64::from(from).wrapping_add(1).wrapping_mul(step);
-        for (at, block) in (0u64..).zip(blocks) {
-            let mut x = *block ^ first.wrapping_add(at.wrapping_mul(step));
+        let mut place = u64::from(from).wrapping_add(1).wrapping_mul(step);
+        blocks.iter().map(move |block| {
+            let mut x = block.0 ^ place;
+            place = place.wrapping_add(step);
             x = x.wrapping_mul(mul[0]);
             x ^= x >> 32;
             x = x.wrapping_mul(mul[1]);
-            *block = x ^ (x >> 29);
-        }
+            x ^ (x >> 29)
+        })
     }
 }
 
-/// The same code, compiled for processors that multiply eight 64-bit numbers at once.
+/// Blocks mixed before they are summed.
+const STRETCH: usize = 64;
+
+/// The same code, compiled for processors that mix four or eight blocks at once.
 ///
-/// The only `unsafe` of the crate is the call into that copy.
+/// The only `unsafe` of the crate is the calls into those copies. What they save, on a Zen 3 with AVX2: the sum of 512 mixes takes 0.48 ns a
+/// block instead of 1.1.
 mod wide {
     use super::PrefixHasher;
+    use crate::BlockHash;
 
     /// Blocks below which the check of the processor costs more than it gains.
-    pub(super) const WORTH_IT: usize = 16;
+    const WORTH_IT: usize = 8;
 
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
-    fn mix_all_avx512(hasher: &PrefixHasher, blocks: &mut [u64], from: u32) {
-        hasher.mix_each(blocks, from);
+    /// Defines a function over the mixes of some blocks, compiled for each kind of processor, and picks one when called.
+    macro_rules! widened {
+        ($name:ident($hasher:ident, $blocks:ident, $from:ident $(, $out:ident: $type:ty)?) $(-> $result:ty)? $body:block) => {
+            #[expect(unsafe_code, reason = "calls functions compiled for processor features that were detected")]
+            pub(super) fn $name($hasher: &PrefixHasher, $blocks: &[BlockHash], $from: u32 $(, $out: $type)?) $(-> $result)? {
+                #[inline(always)]
+                fn plain($hasher: &PrefixHasher, $blocks: &[BlockHash], $from: u32 $(, $out: $type)?) $(-> $result)? $body
+
+                #[cfg(target_arch = "x86_64")]
+                if $blocks.len() >= WORTH_IT {
+                    #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
+                    fn avx512($hasher: &PrefixHasher, $blocks: &[BlockHash], $from: u32 $(, $out: $type)?) $(-> $result)? {
+                        plain($hasher, $blocks, $from $(, $out)?)
+                    }
+                    #[target_feature(enable = "avx2")]
+                    fn avx2($hasher: &PrefixHasher, $blocks: &[BlockHash], $from: u32 $(, $out: $type)?) $(-> $result)? {
+                        plain($hasher, $blocks, $from $(, $out)?)
+                    }
+                    if is_x86_feature_detected!("avx512dq")
+                        && is_x86_feature_detected!("avx512f")
+                        && is_x86_feature_detected!("avx512vl")
+                    {
+                        // SAFETY: the processor has the features that the function is compiled for, as was just asked.
+                        return unsafe { avx512($hasher, $blocks, $from $(, $out)?) };
+                    }
+                    if is_x86_feature_detected!("avx2") {
+                        // SAFETY: the processor has the feature that the function is compiled for, as was just asked.
+                        return unsafe { avx2($hasher, $blocks, $from $(, $out)?) };
+                    }
+                }
+                plain($hasher, $blocks, $from $(, $out)?)
+            }
+        };
     }
 
-    #[expect(unsafe_code, reason = "calls a function compiled for a processor feature that was detected")]
-    pub(super) fn mix_all(hasher: &PrefixHasher, blocks: &mut [u64], from: u32) {
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512vl")
-        {
-            // SAFETY: the processor has the features that the function is compiled for, as was just asked.
-            unsafe { mix_all_avx512(hasher, blocks, from) };
-            return;
+    widened!(mix(hasher, blocks, from, out: &mut [u64]) {
+        for (out, mix) in out.iter_mut().zip(hasher.mixes(blocks, from)) {
+            *out = mix;
         }
-        hasher.mix_each(blocks, from);
-    }
+    });
+
+    widened!(sum(hasher, blocks, from) -> u64 {
+        hasher.mixes(blocks, from).fold(0, u64::wrapping_add)
+    });
 }
 
 #[cfg(test)]
@@ -164,7 +202,7 @@ mod tests {
     #[test]
     fn stretches_of_any_length_are_hashed_alike() {
         let hasher = PrefixHasher::new(5);
-        let prompt: Vec<BlockHash> = (0..100).map(|i| BlockHash(i * i)).collect();
+        let prompt: Vec<BlockHash> = (0..200).map(|i| BlockHash(i * i)).collect();
         let mut prefix = hasher.root();
         let one_by_one: Vec<u64> = (0u32..)
             .zip(&prompt)
@@ -178,6 +216,9 @@ mod tests {
             hasher.extend(&prompt, cut, &mut hashes);
             hasher.extend(&prompt, prompt.len(), &mut hashes);
             assert_eq!(hashes, one_by_one, "cut at {cut}");
+            let first = hasher.after(hasher.root(), &prompt[..cut], 0);
+            assert_eq!(first, if cut == 0 { hasher.root() } else { one_by_one[cut - 1] });
+            assert_eq!(hasher.after(first, &prompt[cut..], cut as u32), one_by_one[prompt.len() - 1]);
         }
     }
 

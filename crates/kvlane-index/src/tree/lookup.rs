@@ -88,11 +88,23 @@ trait Prompt {
     fn prefix(&mut self, blocks: usize) -> u64;
 }
 
-/// Hashes a prompt as far as it is followed.
+/// Hashes a prompt as far as it is followed: sums of stretches, and each prefix only of the stretch in which it leaves a run.
 struct Lazy<'a> {
     hasher: &'a PrefixHasher,
     blocks: &'a [BlockHash],
-    prefixes: Vec<u64>,
+    /// The last two numbers of blocks asked for, with their prefix hashes.
+    before: (usize, u64),
+    known: (usize, u64),
+    /// Every prefix hash after `before` up to `known`, if they were asked for.
+    between: Vec<u64>,
+}
+
+impl<'a> Lazy<'a> {
+    fn new(hasher: &'a PrefixHasher, blocks: &'a [BlockHash], mut between: Vec<u64>) -> Self {
+        between.clear();
+        let root = (0, hasher.root());
+        Self { hasher, blocks, before: root, known: root, between }
+    }
 }
 
 impl Prompt for Lazy<'_> {
@@ -102,10 +114,25 @@ impl Prompt for Lazy<'_> {
 
     #[inline]
     fn prefix(&mut self, blocks: usize) -> u64 {
-        if self.prefixes.len() < blocks {
-            self.hasher.extend(self.blocks, blocks, &mut self.prefixes);
+        if blocks < self.before.0 {
+            self.known = (0, self.hasher.root());
         }
-        self.prefixes[blocks - 1]
+        if blocks >= self.known.0 {
+            let (from, before) = self.known;
+            self.before = self.known;
+            self.known = (blocks, self.hasher.after(before, &self.blocks[from..blocks], from as u32));
+            self.between.clear();
+            return self.known.1;
+        }
+        let (from, before) = self.before;
+        if blocks == from {
+            return before;
+        }
+        if self.between.is_empty() {
+            let stretch = &self.blocks[from..self.known.0];
+            self.hasher.append(before, stretch, from as u32, &mut self.between);
+        }
+        self.between[blocks - from - 1]
     }
 }
 
@@ -125,11 +152,9 @@ impl Prompt for Ready<'_> {
 impl Shared {
     pub(crate) fn overlap(&self, blocks: &[BlockHash], out: &mut Overlaps) {
         SCRATCH.with_borrow_mut(|scratch| {
-            let mut prefixes = std::mem::take(&mut scratch.prefixes);
-            prefixes.clear();
-            let mut prompt = Lazy { hasher: &self.hasher, blocks, prefixes };
+            let mut prompt = Lazy::new(&self.hasher, blocks, std::mem::take(&mut scratch.prefixes));
             self.overlap_with(&mut prompt, out, scratch);
-            scratch.prefixes = prompt.prefixes;
+            scratch.prefixes = prompt.between;
         });
     }
 
@@ -138,6 +163,9 @@ impl Shared {
     }
 
     fn overlap_with(&self, prompt: &mut impl Prompt, out: &mut Overlaps, s: &mut Scratch) {
+        if prompt.len() == 0 {
+            return out.ranks.clear();
+        }
         for walk in 1..=MAX_WALKS {
             let version = self.directory.version();
             self.walk(prompt, s);
