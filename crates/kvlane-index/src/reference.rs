@@ -40,8 +40,8 @@
 //! # Overlap of a prompt with n blocks at one rank
 //!
 //! * `device`: the largest p such that, for each group that the rank has shown in the device tier since it was cleared,
-//!   the device tier holds: `[0, p)` for full attention; the last `ceil((window_tokens - 1) / block_size)` blocks of `[0, p)`
-//!   for a sliding window; block `p - 1` for recurrent state. 0 if no group was shown.
+//!   the device tier holds: `[0, p)` for full attention; the last `ceil((window_tokens - 1) / block_size)` blocks of `[0, p)`,
+//!   and at least one, for a sliding window; block `p - 1` for recurrent state. 0 if no group was shown.
 //! * `predicted`: the same, where a predicted block counts as held in each group (as in one full group if none was shown).
 //! * A block is in a *lower tier* if that tier holds it in each full-attention group that the rank has shown there. (Sliding and
 //!   recurrent groups of lower tiers are not asked: what they would add is part of the block's load, not of its presence.)
@@ -61,6 +61,11 @@ use crate::{
 
 /// Copies of one engine hash that are counted in one tier and group.
 pub const MAX_COPIES: u8 = 3;
+
+/// Blocks before the end of a hit that a sliding window needs, at least 1: where nothing is held, nothing is hit.
+pub(crate) fn window_blocks(window_tokens: u32, block_tokens: u32) -> u32 {
+    window_tokens.saturating_sub(1).div_ceil(block_tokens).max(1)
+}
 
 type Path = Vec<BlockHash>;
 type Class = (Tier, GroupId);
@@ -257,7 +262,7 @@ impl Rank {
                 let from = match kind {
                     GroupKind::Full => 0,
                     GroupKind::Sliding { window_tokens } => {
-                        p.saturating_sub(window_tokens.saturating_sub(1).div_ceil(block_tokens) as usize)
+                        p.saturating_sub(window_blocks(window_tokens, block_tokens) as usize)
                     }
                     GroupKind::Recurrent => p.saturating_sub(1),
                 };
@@ -297,6 +302,29 @@ impl Rank {
         let [device, predicted, host, disk, external, mixed] =
             [device, predicted, host, disk, external, mixed].map(|n| n as u32);
         Overlap { worker, device, predicted, host, disk, external, mixed }
+    }
+}
+
+/// One engine hash that a rank holds at a known place, in one tier and group.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Holding {
+    /// Where.
+    pub tier: Tier,
+    /// For which group.
+    pub group: GroupId,
+    /// The block hashes from the root to the block.
+    pub path: Vec<BlockHash>,
+    /// The engine's name for it.
+    pub engine: EngineHash,
+    /// Copies counted, 1 to [`MAX_COPIES`].
+    pub copies: u8,
+}
+
+impl Holding {
+    /// Whether both are of one name at one place, tier and group.
+    pub fn is_same_name(&self, other: &Self) -> bool {
+        let key = |h: &Self| (h.tier, h.group, h.engine);
+        key(self) == key(other) && self.path == other.path
     }
 }
 
@@ -415,6 +443,26 @@ impl Oracle {
             }
         }
         out
+    }
+
+    /// What `worker` holds at known places, sorted: two ranks hold the same if these are equal and the same groups are shown.
+    pub fn holdings(&self, worker: Worker) -> Vec<Holding> {
+        let rooted = |rank: &Rank| {
+            let names = rank.names.iter().filter(|(_, n)| n.place.anchor.is_none());
+            let each = names.flat_map(|(&engine, Name { place, copies })| {
+                copies.iter().map(move |(&(tier, group), &copies)| Holding {
+                    tier,
+                    group,
+                    path: place.path.clone(),
+                    engine,
+                    copies,
+                })
+            });
+            let mut all: Vec<Holding> = each.collect();
+            all.sort_unstable();
+            all
+        };
+        self.ranks.get(&worker).map(rooted).unwrap_or_default()
     }
 
     /// The events that give an empty index what `worker` holds at known places, one block each, parents first.

@@ -15,6 +15,7 @@ use std::sync::atomic::{Ordering::*, fence};
 
 use super::shared::{Class, Listed, PAGE, Part, SetKind, Shared, VERSION, decode_kind, length, set_kind};
 use crate::prefix::PrefixHasher;
+use crate::reference::window_blocks;
 use crate::{BlockHash, GroupKind, Overlap, Overlaps, Tier};
 
 /// Walks of one query along runs that keep changing.
@@ -536,9 +537,7 @@ impl Shared {
             .unwrap_or(end);
         let window = |kind: GroupKind| match kind {
             GroupKind::Full => 0,
-            GroupKind::Sliding { window_tokens } => {
-                window_tokens.saturating_sub(1).div_ceil(self.block_tokens)
-            }
+            GroupKind::Sliding { window_tokens } => window_blocks(window_tokens, self.block_tokens),
             GroupKind::Recurrent => 1,
         };
         let mut p = longest;

@@ -1,0 +1,228 @@
+//! An index and the oracle, given the same operations.
+
+use std::collections::HashMap;
+use std::fmt::Debug;
+
+use kvlane_index::reference::{Holding, Oracle};
+use kvlane_index::{
+    Applied, BlockHash, BlockSize, HashedPrompt, Index, IndexConfig, IndexWriter, InstanceId, KvEvent,
+    Overlaps, Worker, partition, snapshot,
+};
+
+use super::op::Op;
+use super::regime::Regime;
+
+/// An index beside the oracle. [`run`](Self::run) says where they differ.
+pub struct Pair {
+    pub config: IndexConfig,
+    pub writer: IndexWriter,
+    pub index: Index,
+    pub oracle: Oracle,
+    /// What `Op::Save` kept, as either dumped it.
+    saved: HashMap<Worker, [Vec<KvEvent>; 2]>,
+    overlaps: Overlaps,
+    hashed: HashedPrompt,
+    /// Queries compared, and those that had an answer.
+    pub queries: [u64; 2],
+    /// Pairs that the index shed, and blocks that it refused.
+    pub given_up: [u64; 2],
+}
+
+fn same<T: PartialEq + Debug>(what: &str, ours: &T, theirs: &T) -> Result<(), String> {
+    if ours == theirs { Ok(()) } else { Err(format!("{what}\n  index:  {ours:?}\n  oracle: {theirs:?}")) }
+}
+
+impl Pair {
+    pub fn new(regime: &Regime, prefix_key: u64) -> Self {
+        let mut config = IndexConfig::new(BlockSize::new(16).expect("16 is not 0"));
+        config.prefix_key = prefix_key;
+        config.max_orphans = regime.max_orphans;
+        if let Some(above) = regime.budget {
+            config.budget_bytes = Some(partition(config).1.stats().bytes + above);
+        }
+        let (writer, index) = partition(config);
+        let (saved, overlaps, hashed) = (HashMap::new(), Overlaps::default(), HashedPrompt::default());
+        let oracle = Oracle::new(&config);
+        Self { config, writer, index, oracle, saved, overlaps, hashed, queries: [0; 2], given_up: [0; 2] }
+    }
+
+    /// Does it on both sides and compares what they say of it.
+    pub fn run(&mut self, op: &Op) -> Result<(), String> {
+        self.step(op)?;
+        if self.config.budget_bytes.is_some() && !matches!(op, Op::Query(_)) {
+            self.settle(op)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn step(&mut self, op: &Op) -> Result<(), String> {
+        match op {
+            Op::Event(worker, event) => self.apply(*worker, event),
+            Op::RemoveWorker(worker) => {
+                let (ours, theirs) = (self.writer.remove_worker(*worker), self.oracle.remove_worker(*worker));
+                same("worker removed", &ours, &theirs)
+            }
+            Op::RemoveInstance(instance) => {
+                let instance = InstanceId(*instance);
+                let ours = self.writer.remove_instance(instance);
+                same("instance removed", &ours, &self.oracle.remove_instance(instance))
+            }
+            Op::Predict(worker, blocks, until) => {
+                self.index.predict(*worker, blocks, *until);
+                self.oracle.predict(*worker, blocks, *until);
+                Ok(())
+            }
+            Op::Expire(now) => {
+                self.index.expire(*now);
+                self.oracle.expire(*now);
+                Ok(())
+            }
+            Op::ForgetPredictions(worker) => {
+                self.index.forget_predictions(*worker);
+                self.oracle.forget_predictions(*worker);
+                Ok(())
+            }
+            Op::Query(prompt) => self.query(prompt),
+            Op::Restart(key) => self.restart(*key),
+            Op::Save(worker) => {
+                self.saved.insert(*worker, [self.index.dump(*worker), self.oracle.dump(*worker)]);
+                Ok(())
+            }
+            Op::Replace(worker, saved) => {
+                let Some([ours, theirs]) = self.saved.get(saved) else { return Ok(()) };
+                let _ = self.writer.apply(*worker, &KvEvent::Cleared { tier: None });
+                let _ = self.oracle.apply(*worker, &KvEvent::Cleared { tier: None });
+                for event in ours {
+                    let _ = self.writer.apply(*worker, event);
+                }
+                for event in theirs {
+                    let _ = self.oracle.apply(*worker, event);
+                }
+                Ok(())
+            }
+            Op::Check => self.check(),
+        }
+    }
+
+    fn apply(&mut self, worker: Worker, event: &KvEvent) -> Result<(), String> {
+        let ours = self.writer.apply(worker, event);
+        if ours.refused > 0 {
+            // The oracle knows no bounds, so it is told only which group the event showed. The generator sees to it that all is
+            // refused or nothing.
+            self.given_up[1] += u64::from(ours.refused);
+            if let KvEvent::Stored { tier, group, .. } | KvEvent::StoredByHash { tier, group, .. } = event {
+                let (tier, group) = (*tier, *group);
+                let _ = self.oracle.apply(worker, &KvEvent::StoredByHash { tier, group, hashes: Vec::new() });
+            }
+            let shed = ours.shed;
+            return same("refused", &ours, &Applied { refused: ours.refused, shed, ..Applied::default() });
+        }
+        let theirs = self.oracle.apply(worker, event);
+        same("applied", &Applied { shed: 0, ..ours }, &theirs)
+    }
+
+    fn query(&mut self, prompt: &[BlockHash]) -> Result<(), String> {
+        let theirs = self.oracle.overlap(prompt);
+        self.index.overlap(prompt, &mut self.overlaps);
+        self.queries[0] += 1;
+        self.queries[1] += u64::from(!self.overlaps.ranks.is_empty());
+        same("overlap", &self.overlaps, &theirs)?;
+        self.index.hash_prompt(prompt, &mut self.hashed);
+        self.index.overlap_hashed(&self.hashed, &mut self.overlaps);
+        same("overlap of a hashed prompt", &self.overlaps, &theirs)
+    }
+
+    /// What a dump gives an empty oracle: the form in which two dumps are equal if they say the same.
+    fn content(&self, worker: Worker, dump: &[KvEvent]) -> Vec<Holding> {
+        let mut oracle = Oracle::new(&self.config);
+        for event in dump {
+            let _ = oracle.apply(worker, event);
+        }
+        oracle.holdings(worker)
+    }
+
+    fn workers(&self) -> Vec<Worker> {
+        let mut workers: Vec<Worker> = self.oracle.workers().into_iter().map(|held| held.worker).collect();
+        workers.dedup();
+        workers
+    }
+
+    fn check(&mut self) -> Result<(), String> {
+        same("workers", &self.index.workers(), &self.oracle.workers())?;
+        let (ours, theirs) = (self.index.stats(), self.oracle.stats());
+        let figures = |s: kvlane_index::IndexStats| [s.pairs, s.orphans, s.predicted];
+        same("pairs, orphans and predicted", &figures(ours), &figures(theirs))?;
+        for worker in self.workers() {
+            let dump = self.index.dump(worker);
+            let what = format!("what a dump says of {worker}");
+            same(&what, &self.content(worker, &dump), &self.oracle.holdings(worker))?;
+        }
+        Ok(())
+    }
+
+    fn restart(&mut self, key: u64) -> Result<(), String> {
+        let bytes = snapshot::write(&self.index);
+        self.config.prefix_key = key;
+        let config = IndexConfig { budget_bytes: None, ..self.config };
+        let (mut writer, index) = partition(config);
+        snapshot::restore(&bytes, &index, &mut writer).map_err(|error| format!("restart: {error}"))?;
+        let mut oracle = Oracle::new(&self.config);
+        for worker in self.workers() {
+            for event in self.oracle.dump(worker) {
+                let _ = oracle.apply(worker, &event);
+            }
+        }
+        (self.writer, self.index, self.oracle) = (writer, index, oracle);
+        Ok(())
+    }
+
+    /// Takes from the oracle what the index has shed since it was asked last; what remains must be equal.
+    fn settle(&mut self, op: &Op) -> Result<(), String> {
+        let (ours, theirs) = (self.index.stats(), self.oracle.stats());
+        if (ours.pairs, ours.orphans, ours.predicted) == (theirs.pairs, theirs.orphans, theirs.predicted) {
+            return Ok(());
+        }
+        self.given_up[0] += theirs.pairs.saturating_sub(ours.pairs);
+        for worker in self.workers() {
+            let dump = self.index.dump(worker);
+            let mut left = self.content(worker, &dump).into_iter().peekable();
+            for held in self.oracle.holdings(worker) {
+                let kept = match left.peek() {
+                    Some(same) if same.is_same_name(&held) => left.next().map_or(0, |same| same.copies),
+                    _ => 0,
+                };
+                if kept > held.copies {
+                    return Err(format!("after {op:?} {worker} has more than {held:?}"));
+                }
+                for _ in kept..held.copies {
+                    let (tier, group, hashes) = (held.tier, held.group, vec![held.engine]);
+                    let _ = self.oracle.apply(worker, &KvEvent::Removed { tier, group, hashes });
+                }
+            }
+            if let Some(more) = left.next() {
+                return Err(format!("after {op:?} {worker} has {more:?}, which the oracle has not"));
+            }
+        }
+        if ours.predicted != theirs.predicted {
+            // Which of them were shed cannot be seen.
+            for worker in (0..64).flat_map(|instance| (0..4).map(move |rank| Worker::new(instance, rank))) {
+                self.index.forget_predictions(worker);
+                self.oracle.forget_predictions(worker);
+            }
+        }
+        self.check()
+    }
+
+    /// Removes all workers; nothing may be left.
+    pub fn drain(&mut self) -> Result<(), String> {
+        for worker in self.workers() {
+            let (ours, theirs) = (self.writer.remove_worker(worker), self.oracle.remove_worker(worker));
+            same("worker removed at the end", &ours, &theirs)?;
+        }
+        self.index.expire(u64::MAX);
+        let left = self.index.stats();
+        // (A worker that was only predicted is known still.)
+        same("left of nothing", &[left.places, left.runs, left.pairs, left.orphans, left.predicted], &[0; 5])
+    }
+}
