@@ -1,17 +1,25 @@
 //! How fast are payloads decoded, tokens materialised as u32 and bounds-checked?
 //!
 //! Workloads: batches of 64 events of one block, and one event of 2,048 blocks, 16 tokens a block, in vLLM's map form (0.24 and later) and
-//! array form. The opponent is `rmp-serde` into owned structs with the same fields. `resolve` adds the hashing of blocks into index
-//! events. One thread; the best and the median of 9 rounds of at least 100 ms *of this thread's CPU time* (from
-//! `/proc/thread-self/schedstat`), so that a busy machine does not count.
+//! array form; token ids drawn evenly from a vocabulary of 128k, so that their widths alternate at random (the worst case for a branch on the width).
+//! Contenders, in one process, their rounds interleaved:
 //!
-//! `cargo bench -p kvlane-events --bench decode`
+//! * `decode`: [`kvlane_events::wire::Decoder`] as a stream uses it, which borrows strings and keeps everything that a version may say;
+//! * `+ resolve`: the same with its blocks hashed into index events, which is what ingest does;
+//! * `rmp-serde`: `rmp_serde::from_slice` into plain owned structs with the same fields, which takes no other form than the one it was written
+//!   for and gives up the batch at the first surprise;
+//! * `rmp-serde, borrowed`: the same with `&str` instead of `String`.
+//!
+//! One thread; the median of 15 rounds of at least 60 ms *of this thread's CPU time* (from `/proc/thread-self/schedstat`), so that a busy
+//! machine does not count. Prints a Markdown table (`cargo xtask bench events` keeps it in BENCHMARKS.md).
+//!
+//! `cargo bench -p kvlane-events --bench decode [-- --quick]`
 
 #![allow(clippy::print_stdout, clippy::unwrap_used, clippy::disallowed_methods, reason = "a bench")]
 #![allow(missing_docs, dead_code, reason = "the opponent's structs are only filled")]
 
 use kvlane_events::resolve::Resolver;
-use kvlane_events::wire::{self, EngineKind};
+use kvlane_events::wire::{Decoder, EngineKind};
 use kvlane_index::BlockSize;
 use serde::Deserialize;
 use std::hint::black_box;
@@ -19,8 +27,8 @@ use std::hint::black_box;
 const BLOCK: usize = 16;
 
 #[derive(Deserialize)]
-struct MapEvent {
-    r#type: String,
+struct MapEvent<S> {
+    r#type: S,
     #[serde(default)]
     block_hashes: Vec<u64>,
     parent_block_hash: Option<u64>,
@@ -29,26 +37,26 @@ struct MapEvent {
     #[serde(default)]
     block_size: u32,
     lora_id: Option<i64>,
-    medium: Option<String>,
-    lora_name: Option<String>,
-    extra_keys: Option<Vec<Option<Vec<String>>>>,
+    medium: Option<S>,
+    lora_name: Option<S>,
+    extra_keys: Option<Vec<Option<Vec<S>>>>,
     group_idx: Option<u32>,
-    kv_cache_spec_kind: Option<String>,
+    kv_cache_spec_kind: Option<S>,
 }
 
 #[derive(Deserialize)]
-struct ArrayEvent(
-    String,
+struct ArrayEvent<S>(
+    S,
     Vec<u64>,
     Option<u64>,
     Vec<u32>,
     u32,
     Option<i64>,
-    Option<String>,
-    Option<String>,
-    Option<Vec<Option<Vec<String>>>>,
+    Option<S>,
+    Option<S>,
+    Option<Vec<Option<Vec<S>>>>,
     Option<u32>,
-    Option<String>,
+    Option<S>,
 );
 
 #[derive(Deserialize)]
@@ -140,70 +148,109 @@ fn cpu_s() -> f64 {
     stat.split(' ').next().unwrap().parse::<f64>().unwrap() / 1e9
 }
 
-/// Rounds' seconds for one pass, sorted.
-fn measure(mut once: impl FnMut()) -> [f64; 9] {
-    let mut rounds = [0.0; 9];
-    for seconds in &mut rounds {
-        let start = cpu_s();
-        let mut passes = 0u32;
-        while cpu_s() - start < 0.1 {
-            for _ in 0..256 {
-                once();
-            }
-            passes += 256;
+/// Seconds of one pass, over one round.
+fn round(round_s: f64, once: &mut dyn FnMut()) -> f64 {
+    let start = cpu_s();
+    let mut passes = 0u32;
+    loop {
+        for _ in 0..64 {
+            once();
         }
-        *seconds = (cpu_s() - start) / f64::from(passes);
+        passes += 64;
+        let spent = cpu_s() - start;
+        if spent >= round_s {
+            return spent / f64::from(passes);
+        }
     }
+}
+
+/// Median, and half the range in per cent of it.
+fn median(mut rounds: Vec<f64>) -> (f64, f64) {
     rounds.sort_by(f64::total_cmp);
-    rounds
+    let median = rounds[rounds.len() / 2];
+    (median, (rounds[rounds.len() - 1] - rounds[0]) / 2.0 / median * 100.0)
+}
+
+/// One payload decoded over and over, for a profiler: `--profile map|array`.
+fn profile(map: bool) {
+    let payload = payload(64, 1, map);
+    let mut decoder = Decoder::default();
+    for _ in 0..2000 {
+        let batch = decoder.decode(EngineKind::Vllm, black_box(&payload)).unwrap();
+        decoder.recycle(black_box(batch));
+    }
 }
 
 fn main() {
-    println!("{:34} {:>12} {:>12} {:>12}", "", "events/s", "blocks/s", "best blocks/s");
-    for (name, events, blocks) in [("64 events of 1 block", 64, 1), ("1 event of 2048 blocks", 1, 2048)] {
+    let args: Vec<String> = std::env::args().collect();
+    if let Some(at) = args.iter().position(|a| a == "--profile") {
+        return profile(args.get(at + 1).is_none_or(|form| form == "map"));
+    }
+    let quick = std::env::args().any(|a| a == "--quick");
+    let (rounds, round_s) = if quick { (5, 0.02) } else { (15, 0.06) };
+    println!(
+        "| payload | form | decode, M events/s | M blocks/s | + resolve, M events/s | M blocks/s | rmp-serde, M events/s | rmp-serde, borrowed \
+         | decode / rmp-serde | decode / borrowed | spread |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
+    for (name, events, blocks) in [("64 events of 1 block", 64, 1), ("1 event of 2,048 blocks", 1, 2048)] {
         for map in [true, false] {
             let payload = payload(events, blocks, map);
-            let form = if map { "map" } else { "array" };
-            let line = |what: &str, rounds: [f64; 9]| {
-                let per_s = |n: usize, s: f64| n as f64 / s / 1e6;
-                println!(
-                    "{:34} {:>10.2} M {:>10.2} M {:>10.2} M",
-                    format!("{name}, {form}: {what}"),
-                    per_s(events, rounds[4]),
-                    per_s(events * blocks, rounds[4]),
-                    per_s(events * blocks, rounds[0]),
-                );
-                rounds[4]
-            };
-            let ours = line(
-                "ours",
-                measure(|| {
-                    black_box(wire::decode(EngineKind::Vllm, black_box(&payload)).unwrap());
-                }),
-            );
             let mut resolver = Resolver::new(BlockSize::new(BLOCK as u32).unwrap());
             let (mut out, mut dropped) = (Vec::new(), Vec::new());
-            line(
-                "with resolve",
-                measure(|| {
-                    out.clear();
-                    let batch = wire::decode(EngineKind::Vllm, black_box(&payload)).unwrap();
-                    resolver.resolve(&batch, &mut out, &mut dropped);
-                    black_box(&out);
-                }),
+            let (mut one, mut two) = (Decoder::default(), Decoder::default());
+            let mut decode = || {
+                let batch = one.decode(EngineKind::Vllm, black_box(&payload)).unwrap();
+                one.recycle(black_box(batch));
+            };
+            let mut resolve = || {
+                out.clear();
+                let batch = two.decode(EngineKind::Vllm, black_box(&payload)).unwrap();
+                resolver.resolve(&batch, &mut out, &mut dropped);
+                assert!(dropped.is_empty() && out.len() == events);
+                two.recycle(batch);
+                black_box(&out);
+            };
+            let mut owned = || {
+                if map {
+                    black_box(rmp_serde::from_slice::<Batch<MapEvent<String>>>(black_box(&payload)).unwrap());
+                } else {
+                    black_box(
+                        rmp_serde::from_slice::<Batch<ArrayEvent<String>>>(black_box(&payload)).unwrap(),
+                    );
+                }
+            };
+            let mut borrowed = || {
+                if map {
+                    black_box(rmp_serde::from_slice::<Batch<MapEvent<&str>>>(black_box(&payload)).unwrap());
+                } else {
+                    black_box(rmp_serde::from_slice::<Batch<ArrayEvent<&str>>>(black_box(&payload)).unwrap());
+                }
+            };
+            let mut contenders: [&mut dyn FnMut(); 4] =
+                [&mut decode, &mut resolve, &mut owned, &mut borrowed];
+            let mut times = [const { Vec::new() }; 4];
+            for _ in 0..rounds {
+                for (once, times) in contenders.iter_mut().zip(&mut times) {
+                    times.push(round(round_s, *once));
+                }
+            }
+            let [decode, resolve, owned, borrowed] = times.map(median);
+            let per_s = |n: usize, s: f64| n as f64 / s / 1e6;
+            let spread =
+                [decode, resolve, owned, borrowed].into_iter().fold(0.0, |worst, (_, s)| s.max(worst));
+            println!(
+                "| {name} | {} | {:.2} | {:.1} | {:.2} | {:.1} | {:.2} | {:.2} | {:.1} × | {:.1} × | {spread:.0} % |",
+                if map { "map" } else { "array" },
+                per_s(events, decode.0),
+                per_s(events * blocks, decode.0),
+                per_s(events, resolve.0),
+                per_s(events * blocks, resolve.0),
+                per_s(events, owned.0),
+                per_s(events, borrowed.0),
+                owned.0 / decode.0,
+                borrowed.0 / decode.0,
             );
-            assert!(dropped.is_empty() && out.len() == events);
-            let theirs = line(
-                "rmp-serde",
-                measure(|| {
-                    if map {
-                        black_box(rmp_serde::from_slice::<Batch<MapEvent>>(black_box(&payload)).unwrap());
-                    } else {
-                        black_box(rmp_serde::from_slice::<Batch<ArrayEvent>>(black_box(&payload)).unwrap());
-                    }
-                }),
-            );
-            println!("{:34} {:>10.2} x", "", theirs / ours);
         }
     }
 }

@@ -111,6 +111,31 @@ impl<'a> Reader<'a> {
         })
     }
 
+    /// Consumes exactly this string (of fewer than 32 bytes, in its shortest form) if it is next.
+    #[inline]
+    pub(crate) fn literal<const N: usize>(&mut self, text: &[u8; N]) -> bool {
+        const { assert!(N < 32, "of the form with the length in its marker") };
+        match self.rest.split_first() {
+            Some((&marker, rest)) if usize::from(marker) == 0xa0 | N => match rest.split_first_chunk::<N>() {
+                Some((next, rest)) if next == text => {
+                    self.rest = rest;
+                    true
+                }
+                _ => false,
+            },
+            _ => false,
+        }
+    }
+
+    /// An unsigned integer in its widest form, which is how engines print hashes.
+    #[inline]
+    pub(crate) fn wide(&mut self) -> Option<u64> {
+        let (next, rest) = self.rest.split_first_chunk::<9>()?;
+        let [0xcf, value @ ..] = next else { return None };
+        self.rest = rest;
+        Some(u64::from_be_bytes(*value))
+    }
+
     /// The kind of the next element.
     #[inline]
     pub(crate) fn peek(&self) -> Result<Kind, Malformed> {
@@ -230,38 +255,39 @@ impl<'a> Reader<'a> {
         }))
     }
 
-    /// Reads up to `len` unsigned integers of at most 32 bits into `out`, and stops before the first element that is none.
+    /// Reads unsigned integers of at most 32 bits into `out` until it is full, and stops before the first element that is none.
+    /// Returns how many were read.
     ///
     /// Token ids are most of what engines send, and their widths alternate at random, so a branch on the marker is mispredicted
     /// every other time. Here the marker picks two shifts and a length from a table instead.
     #[inline]
-    pub(crate) fn u32s(&mut self, len: usize, out: &mut Vec<u32>) {
+    pub(crate) fn u32s(&mut self, out: &mut [u32]) -> usize {
         let mut rest = self.rest;
-        let mut left = len;
-        out.reserve(len);
-        while left > 0 {
+        let mut read = 0;
+        for slot in out.iter_mut() {
             let Some(window) = rest.first_chunk::<8>() else { break };
             let form = FORMS[usize::from(window[0])];
             if form.size == 0 {
                 break;
             }
-            out.push((u64::from_be_bytes(*window) << form.left >> form.right) as u32);
+            *slot = (u64::from_be_bytes(*window) << form.left >> form.right) as u32;
             rest = &rest[usize::from(form.size)..];
-            left -= 1;
+            read += 1;
         }
         self.rest = rest;
         // The last few, which a window of 8 bytes would overshoot.
-        while left > 0 {
+        for slot in &mut out[read..] {
             let before = self.rest;
             match self.int() {
-                Ok(Some(Int::Unsigned(value))) if value <= u64::from(u32::MAX) => out.push(value as u32),
+                Ok(Some(Int::Unsigned(value))) if value <= u64::from(u32::MAX) => *slot = value as u32,
                 _ => {
                     self.rest = before;
                     break;
                 }
             }
-            left -= 1;
+            read += 1;
         }
+        read
     }
 
     /// A number as a float; `None` (and nothing consumed) for another kind.

@@ -37,25 +37,33 @@ fn u32s_reads_what_int_reads() {
         }
         bytes.truncate(bytes.len() - next(bytes.len().min(3) + 1));
         let (mut fast, mut slow) = (Reader::new(&bytes), Reader::new(&bytes));
-        let mut read = Vec::new();
+        let (mut tokens, mut read) = (vec![0; values.len()], 0);
         // As the decoder does: one by one where the fast way stops.
-        while read.len() < values.len() {
-            let before = read.len();
-            fast.u32s(values.len() - before, &mut read);
-            if read.len() == values.len() {
+        loop {
+            read += fast.u32s(&mut tokens[read..]);
+            if read == values.len() {
                 break;
             }
             match fast.int() {
-                Ok(Some(Int::Unsigned(value))) => read.push(value as u32),
+                Ok(Some(Int::Unsigned(value))) => tokens[read] = value as u32,
                 _ => break,
             }
+            read += 1;
         }
         let mut expected = Vec::new();
         while let Ok(Some(Int::Unsigned(value))) = slow.int() {
             expected.push(value as u32);
         }
-        assert_eq!(read, expected, "{bytes:02x?}");
+        assert_eq!(tokens[..read], expected, "{bytes:02x?}");
     }
+}
+
+#[test]
+fn a_literal_is_consumed_only_if_it_is_all_there() {
+    let mut reader = Reader::new(b"\xa4type\xa4typ");
+    assert!(!reader.literal(b"types") && reader.literal(b"type") && !reader.literal(b"type"));
+    assert_eq!(reader.rest, b"\xa4typ");
+    assert!(!Reader::new(b"\xd9\x04type").literal(b"type"), "only in its shortest form");
 }
 
 #[test]

@@ -202,7 +202,7 @@ impl Stream {
 
     /// Decodes the next batch and emits its events.
     pub(super) fn apply(&mut self, message: Message<'_>, out: &mut Vec<Action>) -> Result<(), DropReason> {
-        let batch = wire::decode(self.config.engine, message.payload)?;
+        let batch = self.decoder.decode(self.config.engine, message.payload)?;
         self.reasons.clear();
         self.reasons.extend(&batch.dropped);
         self.resolver.resolve(&batch, &mut self.events, &mut self.reasons);
@@ -227,6 +227,7 @@ impl Stream {
         }
         self.first_ts_s.get_or_insert(batch.ts_s);
         self.last_ts_s = Some(batch.ts_s);
+        self.decoder.recycle(batch);
         self.applied(message);
         Ok(())
     }

@@ -27,7 +27,7 @@ mod replay;
 pub use limits::Limits;
 
 use crate::resolve::Resolver;
-use crate::wire::{DropReason, EngineKind};
+use crate::wire::{Decoder, DropReason, EngineKind};
 use buffer::Buffer;
 use kvlane_index::hash::Scheme;
 use kvlane_index::{BlockSize, KvEvent};
@@ -226,6 +226,7 @@ enum Phase {
 #[derive(Clone, Debug)]
 pub struct Stream {
     config: StreamConfig,
+    decoder: Decoder,
     resolver: Resolver,
     phase: Phase,
     epoch: u64,
@@ -272,6 +273,7 @@ impl Stream {
         let resolver = Resolver::new(config.block_size);
         Self {
             config,
+            decoder: Decoder::default(),
             resolver,
             phase: Phase::Blind,
             epoch: 0,

@@ -7,6 +7,7 @@
 //!
 //! A field of a wrong type is noted and passed over; it costs the event only if the event cannot do without it.
 
+use super::spare::Spare;
 use super::{
     BlockMedia, DropReason, EngineKind, Removed, Stored, WireEvent, sglang, tier_of_medium, trtllm, vllm,
 };
@@ -34,6 +35,82 @@ impl Tag {
     }
 }
 
+/// What a field of the map form is called.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Key {
+    Type,
+    Hashes,
+    Parent,
+    Tokens,
+    BlockSize,
+    LoraId,
+    Medium,
+    LoraName,
+    ExtraKeys,
+    Group,
+    SpecKind,
+    Window,
+    Locality,
+    Salt,
+    MmInfos,
+    /// None that we know, or no string.
+    Other,
+}
+
+/// From one list: each key's name, and the key that mostly follows.
+macro_rules! keys {
+    ($($key:ident $name:literal then $next:ident;)*) => {
+        impl Key {
+            /// Consumes this key if it is next, in its shortest form.
+            #[inline]
+            fn is_next(self, reader: &mut Reader<'_>) -> bool {
+                match self {
+                    $(Self::$key => reader.literal($name),)*
+                    Self::Other => false,
+                }
+            }
+
+            /// Consumes a key of any form, and be it no string.
+            fn read(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+                let Some(name) = reader.str_bytes()? else {
+                    reader.skip()?;
+                    return Ok(Self::Other);
+                };
+                Ok(match name {
+                    $($name => Self::$key,)*
+                    _ => Self::Other,
+                })
+            }
+
+            #[inline]
+            fn follower(self) -> Self {
+                match self {
+                    $(Self::$key => Self::$next,)*
+                    Self::Other => Self::Other,
+                }
+            }
+        }
+    };
+}
+
+keys! {
+    Type b"type" then Hashes;
+    Hashes b"block_hashes" then Parent;
+    Parent b"parent_block_hash" then Tokens;
+    Tokens b"token_ids" then BlockSize;
+    BlockSize b"block_size" then LoraId;
+    LoraId b"lora_id" then Medium;
+    Medium b"medium" then LoraName;
+    LoraName b"lora_name" then ExtraKeys;
+    ExtraKeys b"extra_keys" then Group;
+    Group b"group_idx" then SpecKind;
+    SpecKind b"kv_cache_spec_kind" then Window;
+    Window b"kv_cache_spec_sliding_window" then Locality;
+    Locality b"locality" then Salt;
+    Salt b"cache_salt" then MmInfos;
+    MmInfos b"block_mm_infos" then Other;
+}
+
 /// One entry of `extra_keys`: something beside tokens that is part of a block's identity.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum ExtraKey<'a> {
@@ -57,7 +134,7 @@ pub(super) struct Fields<'a> {
     tokens: Option<Vec<u32>>,
     block_size: Option<u32>,
     pub(super) lora_id: Option<i64>,
-    medium: Option<&'a str>,
+    medium: Option<&'a [u8]>,
     pub(super) lora_name: Option<&'a str>,
     /// (block, key), in the order of the blocks.
     pub(super) extra_keys: Vec<(u32, ExtraKey<'a>)>,
@@ -96,14 +173,15 @@ impl Fields<'_> {
 /// Reads one event. After an error other than `Malformed` the reader's position is meaningless.
 pub(super) fn read_event<'a>(
     engine: EngineKind,
+    spare: &mut Spare,
     reader: &mut Reader<'a>,
     unknown_media: &mut u32,
 ) -> Result<WireEvent<'a>, DropReason> {
     let mut fields = Fields::EMPTY;
     if let Some(len) = reader.array()? {
-        read_positional(engine, reader, len, &mut fields)?;
+        read_positional(engine, spare, reader, len, &mut fields)?;
     } else if let Some(pairs) = reader.map()? {
-        read_keyed(engine, reader, pairs, &mut fields)?;
+        read_keyed(engine, spare, reader, pairs, &mut fields)?;
     } else {
         return Err(DropReason::UnknownEvent);
     }
@@ -112,6 +190,7 @@ pub(super) fn read_event<'a>(
 
 fn read_positional<'a>(
     engine: EngineKind,
+    spare: &mut Spare,
     reader: &mut Reader<'a>,
     len: usize,
     fields: &mut Fields<'a>,
@@ -121,12 +200,12 @@ fn read_positional<'a>(
     fields.tag = Some(tag);
     for position in 1..len {
         match (tag, position) {
-            (Tag::Stored | Tag::Removed, 1) => fields.read_hashes(engine, reader)?,
+            (Tag::Stored | Tag::Removed, 1) => fields.read_hashes(engine, spare, reader)?,
             (Tag::Stored, 2) => fields.read_parent(engine, reader)?,
-            (Tag::Stored, 3) => fields.read_tokens(reader)?,
+            (Tag::Stored, 3) => fields.read_tokens(spare, reader)?,
             (Tag::Stored, 4) => fields.block_size = read_u32(reader)?,
             (Tag::Stored, 5) => fields.lora_id = read_i64(reader)?,
-            (Tag::Stored, 6) | (Tag::Removed, 2) => fields.medium = read_str(reader)?,
+            (Tag::Stored, 6) | (Tag::Removed, 2) => fields.medium = read_bytes(reader)?,
             (Tag::Stored, 7) => fields.lora_name = fields.read_identity(reader)?,
             (Tag::Stored, 8) => fields.read_extra_keys(reader)?,
             (Tag::Stored, 9) | (Tag::Removed, 3) => fields.read_group(reader)?,
@@ -140,44 +219,53 @@ fn read_positional<'a>(
 
 fn read_keyed<'a>(
     engine: EngineKind,
+    spare: &mut Spare,
     reader: &mut Reader<'a>,
     pairs: usize,
     fields: &mut Fields<'a>,
 ) -> Result<(), DropReason> {
+    // Engines print the keys in one order and leave some out, so the next one is mostly the one that follows.
+    let mut expected = Key::Type;
     for _ in 0..pairs {
-        let Some(key) = reader.str_bytes()? else {
-            reader.skip()?;
-            reader.skip()?;
-            continue;
-        };
+        let key = if expected.is_next(reader) { expected } else { Key::read(reader)? };
         match key {
-            b"type" => fields.tag = read_bytes(reader)?.map(Tag::of),
-            b"block_hashes" => fields.read_hashes(engine, reader)?,
-            b"parent_block_hash" => fields.read_parent(engine, reader)?,
-            b"token_ids" => fields.read_tokens(reader)?,
-            b"block_size" => fields.block_size = read_u32(reader)?,
-            b"lora_id" => fields.lora_id = read_i64(reader)?,
-            b"medium" => fields.medium = read_str(reader)?,
-            b"lora_name" => fields.lora_name = fields.read_identity(reader)?,
-            b"extra_keys" => fields.read_extra_keys(reader)?,
-            b"group_idx" => fields.read_group(reader)?,
-            b"kv_cache_spec_kind" => fields.spec_kind = read_bytes(reader)?,
-            b"kv_cache_spec_sliding_window" => fields.window = read_u32(reader)?,
-            b"locality" => {
+            Key::Type => fields.tag = read_bytes(reader)?.map(Tag::of),
+            Key::Hashes => fields.read_hashes(engine, spare, reader)?,
+            Key::Parent => fields.read_parent(engine, reader)?,
+            Key::Tokens => fields.read_tokens(spare, reader)?,
+            Key::BlockSize => fields.block_size = read_u32(reader)?,
+            Key::LoraId => fields.lora_id = read_i64(reader)?,
+            Key::Medium => fields.medium = read_bytes(reader)?,
+            Key::LoraName => fields.lora_name = fields.read_identity(reader)?,
+            Key::ExtraKeys => fields.read_extra_keys(reader)?,
+            Key::Group => fields.read_group(reader)?,
+            Key::SpecKind => fields.spec_kind = read_bytes(reader)?,
+            Key::Window => fields.window = read_u32(reader)?,
+            Key::Locality => {
                 fields.remote = read_bytes(reader)?.is_some_and(|l| l.eq_ignore_ascii_case(b"REMOTE"));
             }
-            b"cache_salt" => fields.cache_salt = fields.read_identity(reader)?,
-            b"block_mm_infos" => fields.read_mm_infos(reader)?,
-            _ => reader.skip()?,
+            Key::Salt => fields.cache_salt = fields.read_identity(reader)?,
+            Key::MmInfos => fields.read_mm_infos(reader)?,
+            Key::Other => {
+                reader.skip()?;
+                continue;
+            }
         }
+        expected = key.follower();
     }
     Ok(())
 }
 
 impl<'a> Fields<'a> {
-    fn read_hashes(&mut self, engine: EngineKind, reader: &mut Reader<'a>) -> Result<(), Malformed> {
+    fn read_hashes(
+        &mut self,
+        engine: EngineKind,
+        spare: &mut Spare,
+        reader: &mut Reader<'a>,
+    ) -> Result<(), Malformed> {
         let Some(len) = reader.array()? else { return reader.skip() };
-        let mut hashes = Vec::with_capacity(len);
+        let mut hashes = spare.hashes();
+        hashes.reserve_exact(len);
         let mut bad = false;
         for _ in 0..len {
             match read_hash(engine, reader)? {
@@ -199,12 +287,14 @@ impl<'a> Fields<'a> {
         Ok(())
     }
 
-    fn read_tokens(&mut self, reader: &mut Reader<'a>) -> Result<(), Malformed> {
+    fn read_tokens(&mut self, spare: &mut Spare, reader: &mut Reader<'a>) -> Result<(), Malformed> {
         let Some(len) = reader.array()? else { return reader.skip() };
-        let mut tokens = Vec::new();
+        let mut tokens = spare.tokens();
+        tokens.resize(len, 0);
+        let mut read = 0;
         loop {
-            reader.u32s(len - tokens.len(), &mut tokens);
-            if tokens.len() == len {
+            read += reader.u32s(&mut tokens[read..]);
+            if read == len {
                 break;
             }
             // Of another form: a wide integer of a small value, an EAGLE pair, or no token at all.
@@ -215,13 +305,14 @@ impl<'a> Fields<'a> {
             };
             let Some(token) = token else {
                 // A digest or a negative placeholder: the blocks have no place in a prompt.
-                for _ in tokens.len() + 1..len {
+                for _ in read + 1..len {
                     reader.skip()?;
                 }
                 self.tokens = None;
                 return Ok(());
             };
-            tokens.push(token);
+            tokens[read] = token;
+            read += 1;
         }
         self.tokens = Some(tokens);
         Ok(())
@@ -317,11 +408,14 @@ impl<'a> Fields<'a> {
         }
         let tier = match self.medium {
             _ if self.remote => Tier::External,
-            None => Tier::Device,
-            Some(medium) => tier_of_medium(medium).unwrap_or_else(|| {
-                *unknown_media += 1;
-                Tier::External
-            }),
+            None | Some(b"GPU") => Tier::Device,
+            // A name that is no text says nothing.
+            Some(medium) => {
+                std::str::from_utf8(medium).map_or(Some(Tier::Device), tier_of_medium).unwrap_or_else(|| {
+                    *unknown_media += 1;
+                    Tier::External
+                })
+            }
         };
         let group = GroupId(self.group.unwrap_or(0));
         if tag == Tag::Removed {
@@ -338,11 +432,13 @@ impl<'a> Fields<'a> {
             EngineKind::TrtLlm => trtllm::identity(&self),
         };
         let mut media = identity.media;
-        media.extend(self.mm_infos.iter().map(|&(block, hash)| BlockMedia {
-            block,
-            offset: 0,
-            identifier: Cow::Owned(format!("{hash:016x}")),
-        }));
+        if !self.mm_infos.is_empty() {
+            media.extend(self.mm_infos.iter().map(|&(block, hash)| BlockMedia {
+                block,
+                offset: 0,
+                identifier: Cow::Owned(format!("{hash:016x}")),
+            }));
+        }
         media.sort_by_key(|m| m.block);
         Ok(WireEvent::Stored(Stored {
             hashes: self.hashes.take().ok_or(DropReason::BadField)?,
@@ -388,7 +484,16 @@ pub(super) struct Identity<'a> {
 }
 
 /// A hash of any encoding; `None` for an element that cannot be one.
+#[inline]
 fn read_hash(engine: EngineKind, reader: &mut Reader<'_>) -> Result<Option<EngineHash>, Malformed> {
+    if let Some(hash) = reader.wide() {
+        return Ok(Some(EngineHash(hash)));
+    }
+    read_odd_hash(engine, reader)
+}
+
+#[cold]
+fn read_odd_hash(engine: EngineKind, reader: &mut Reader<'_>) -> Result<Option<EngineHash>, Malformed> {
     if let Some(int) = reader.int()? {
         return Ok(Some(EngineHash(int.bits())));
     }
@@ -481,6 +586,9 @@ fn read_extra_key<'a>(reader: &mut Reader<'a>) -> Result<ExtraKey<'a>, Malformed
 }
 
 fn read_u32(reader: &mut Reader<'_>) -> Result<Option<u32>, Malformed> {
+    if reader.nil() {
+        return Ok(None);
+    }
     match reader.int()? {
         Some(Int::Unsigned(v)) => Ok(u32::try_from(v).ok()),
         Some(Int::Negative(_)) => Ok(None),
@@ -489,6 +597,9 @@ fn read_u32(reader: &mut Reader<'_>) -> Result<Option<u32>, Malformed> {
 }
 
 fn read_i64(reader: &mut Reader<'_>) -> Result<Option<i64>, Malformed> {
+    if reader.nil() {
+        return Ok(None);
+    }
     match reader.int()? {
         Some(Int::Unsigned(v)) => Ok(i64::try_from(v).ok()),
         Some(Int::Negative(v)) => Ok(Some(v)),

@@ -10,11 +10,13 @@
 pub mod drain;
 mod fields;
 pub mod sglang;
+mod spare;
 pub mod trtllm;
 pub mod vllm;
 
 use crate::msgpack::{Malformed, Reader};
 use kvlane_index::{EngineHash, GroupId, GroupKind, Tier};
+use spare::Spare;
 use std::borrow::Cow;
 
 /// Which engine a publisher belongs to: decides how wide hashes are cut and what nameless strings mean.
@@ -180,45 +182,63 @@ impl From<Malformed> for DropReason {
     }
 }
 
-/// Decodes one payload.
-///
-/// Errors mean that the whole batch is unusable ([`DropReason::Malformed`], [`DropReason::NotABatch`]). Never panics;
-/// memory is bounded by the payload's size.
-pub fn decode(engine: EngineKind, payload: &[u8]) -> Result<Batch<'_>, DropReason> {
-    let mut reader = Reader::new(payload);
-    let len = reader.array()?.ok_or(DropReason::NotABatch)?;
-    if len < 2 {
-        return Err(DropReason::NotABatch);
-    }
-    let ts_s = reader.number()?.ok_or(DropReason::NotABatch)?;
-    let count = reader.array()?.ok_or(DropReason::NotABatch)?;
-    let mut batch = Batch {
-        ts_s,
-        dp_rank: None,
-        events: Vec::with_capacity(count.min(64)),
-        dropped: Vec::new(),
-        unknown_media: 0,
-    };
-    for _ in 0..count {
-        let start = reader;
-        match fields::read_event(engine, &mut reader, &mut batch.unknown_media) {
-            Ok(event) => batch.events.push(event),
-            Err(DropReason::Malformed) => return Err(DropReason::Malformed),
-            Err(reason) => {
-                reader = start;
-                reader.skip()?;
-                batch.dropped.push(reason);
+/// Decodes the payloads of a publisher one after another, with memory that it uses again.
+#[derive(Clone, Debug, Default)]
+pub struct Decoder {
+    spare: Spare,
+}
+
+impl Decoder {
+    /// Decodes one payload.
+    ///
+    /// Errors mean that the whole batch is unusable ([`DropReason::Malformed`], [`DropReason::NotABatch`]). Never panics;
+    /// memory is bounded by the payload's size.
+    pub fn decode<'a>(&mut self, engine: EngineKind, payload: &'a [u8]) -> Result<Batch<'a>, DropReason> {
+        let mut reader = Reader::new(payload);
+        let len = reader.array()?.ok_or(DropReason::NotABatch)?;
+        if len < 2 {
+            return Err(DropReason::NotABatch);
+        }
+        let ts_s = reader.number()?.ok_or(DropReason::NotABatch)?;
+        let count = reader.array()?.ok_or(DropReason::NotABatch)?;
+        let mut batch = Batch {
+            ts_s,
+            dp_rank: None,
+            events: Vec::with_capacity(count.min(64)),
+            dropped: Vec::new(),
+            unknown_media: 0,
+        };
+        for _ in 0..count {
+            let start = reader;
+            match fields::read_event(engine, &mut self.spare, &mut reader, &mut batch.unknown_media) {
+                Ok(event) => batch.events.push(event),
+                Err(DropReason::Malformed) => return Err(DropReason::Malformed),
+                Err(reason) => {
+                    reader = start;
+                    reader.skip()?;
+                    batch.dropped.push(reason);
+                }
             }
         }
-    }
-    for i in 2..len {
-        match reader.int()? {
-            Some(rank) if i == 2 => batch.dp_rank = u32::try_from(rank.bits()).ok(),
-            Some(_) => {}
-            None => reader.skip()?,
+        for i in 2..len {
+            match reader.int()? {
+                Some(rank) if i == 2 => batch.dp_rank = u32::try_from(rank.bits()).ok(),
+                Some(_) => {}
+                None => reader.skip()?,
+            }
         }
+        Ok(batch)
     }
-    Ok(batch)
+
+    /// Takes back a batch that is done with, for the next ones to be made of. Without it they are made anew.
+    pub fn recycle(&mut self, batch: Batch<'_>) {
+        self.spare.take(batch);
+    }
+}
+
+/// [`Decoder::decode`] of a single payload.
+pub fn decode(engine: EngineKind, payload: &[u8]) -> Result<Batch<'_>, DropReason> {
+    Decoder::default().decode(engine, payload)
 }
 
 /// When a batch was published (seconds since the Unix epoch), without decoding the rest; `None` if it is not a batch.
