@@ -52,6 +52,7 @@ fuzz_target!(|case: Case| {
         block_size: BlockSize::new(1).expect("not 0"),
         topic: case.topic.then(|| b"kv".to_vec()),
         replay: case.replay,
+        snapshots: false,
         limits,
     };
     let mut stream = Stream::new(config);
@@ -103,7 +104,7 @@ fuzz_target!(|case: Case| {
                     assert!(case.replay && new > attempt, "attempts grow");
                     attempt = new;
                 }
-                Action::Reset { epoch: new } => {
+                Action::Reset { epoch: new, .. } => {
                     assert_eq!(new, epoch + 1, "each fence begins the next epoch");
                     epoch = new;
                     fenced = true;

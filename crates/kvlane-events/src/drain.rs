@@ -171,7 +171,7 @@ impl Drain {
     fn relearn(&mut self, restarted: bool, out: &mut Vec<(u32, Action)>) {
         for (&number, rank) in &mut self.ranks {
             rank.counters.restarts += u64::from(restarted);
-            rank.fence(number, out);
+            rank.fence(number, restarted, out);
         }
     }
 
@@ -208,7 +208,7 @@ impl Rank {
         }
     }
 
-    fn fence(&mut self, number: u32, out: &mut Vec<(u32, Action)>) {
+    fn fence(&mut self, number: u32, restarted: bool, out: &mut Vec<(u32, Action)>) {
         self.epoch += 1;
         self.counters.resets += 1;
         self.next = None;
@@ -217,7 +217,7 @@ impl Rank {
         self.window = None;
         self.partial = Partial::default();
         self.used = [true, false, false, false];
-        out.push((number, Action::Reset { epoch: self.epoch }));
+        out.push((number, Action::Reset { epoch: self.epoch, restarted }));
     }
 
     fn event(&mut self, event: DrainEvent, out: &mut Vec<(u32, Action)>) {
@@ -225,8 +225,9 @@ impl Rank {
         match self.next {
             Some(next) if id == next => {}
             Some(next) => {
-                *(if id < next { &mut self.counters.restarts } else { &mut self.counters.gaps }) += 1;
-                self.fence(number, out);
+                let restarted = id < next;
+                *(if restarted { &mut self.counters.restarts } else { &mut self.counters.gaps }) += 1;
+                self.fence(number, restarted, out);
                 self.complete = id == 0;
             }
             None => self.complete = id == 0,
@@ -243,7 +244,7 @@ impl Rank {
             if self.window.is_some_and(|largest| window > largest) && self.counters.events > 0 {
                 // What was believed so far was about a smaller window.
                 let (next, complete) = (self.next, self.complete);
-                self.fence(number, out);
+                self.fence(number, false, out);
                 (self.next, self.complete) = (next, complete);
             }
             self.window = Some(window);

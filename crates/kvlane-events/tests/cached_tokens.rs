@@ -99,6 +99,9 @@ impl Engine {
                 }
                 Action::Dropped(reason) => panic!("unexplained drop: {}", reason.name()),
                 Action::RequestReplay { .. } | Action::StateChanged(_) => {}
+                Action::RequestSnapshot { .. } | Action::AdoptSnapshot | Action::DropSnapshot => {
+                    unreachable!()
+                }
             }
         }
     }

@@ -353,13 +353,16 @@ impl World {
                 Action::Apply(event) => {
                     let _ = self.writer.apply(rank.worker, &event);
                 }
-                Action::Reset { epoch } => {
+                Action::Reset { epoch, .. } => {
                     rank.note(format!("{now}   reset {epoch}"));
                     let _ = self.writer.remove_worker(rank.worker);
                 }
                 Action::RequestReplay { attempt, from_seq } => {
                     rank.note(format!("{now}   replay {attempt} from {from_seq}"));
                     rank.answer(attempt, from_seq, now, rng);
+                }
+                Action::RequestSnapshot { .. } | Action::AdoptSnapshot | Action::DropSnapshot => {
+                    unreachable!()
                 }
                 Action::StateChanged(state) => rank.note(format!("{now}   {state:?}")),
                 Action::Dropped(reason) => rank.note(format!("{now}   dropped {}", reason.name())),
@@ -466,6 +469,7 @@ impl Rank {
             block_size: BlockSize::new(BLOCK).unwrap(),
             topic: None,
             replay,
+            snapshots: false,
             limits: Limits { buffer_batches: rng.pick(&[4, 65_536]) as usize, ..Limits::default() },
         };
         let engine = Engine {

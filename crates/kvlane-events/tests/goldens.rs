@@ -108,12 +108,15 @@ fn describe(file: &Path, engine: EngineKind) -> String {
                 Action::Apply(event) => {
                     let _ = writer.apply(*worker, &event);
                 }
-                Action::Reset { epoch } => {
+                Action::Reset { epoch, .. } => {
                     let _ = writer.remove_worker(*worker);
                     writeln!(out, "  * epoch {epoch}").unwrap();
                 }
                 Action::Dropped(reason) => writeln!(out, "  * dropped: {}", reason.name()).unwrap(),
                 Action::StateChanged(state) => writeln!(out, "  * {}", state.name()).unwrap(),
+                Action::RequestSnapshot { .. } | Action::AdoptSnapshot | Action::DropSnapshot => {
+                    unreachable!()
+                }
                 Action::RequestReplay { from_seq, .. } => {
                     writeln!(out, "  * replay from {from_seq}").unwrap();
                 }

@@ -51,7 +51,7 @@ fn line(action: &Action) -> String {
             format!("~{} {}", tier.name(), names(hashes))
         }
         Action::Apply(KvEvent::Removed { tier, hashes, .. }) => format!("-{} {}", tier.name(), names(hashes)),
-        Action::Reset { epoch } => format!("reset {epoch}"),
+        Action::Reset { epoch, .. } => format!("reset {epoch}"),
         Action::StateChanged(state) => state.name().into(),
         Action::Dropped(reason) => format!("drop {}", reason.name()),
         other => format!("{other:?}"),

@@ -9,12 +9,37 @@
 
 use kvlane_index::{BlockHash, EngineHash, StoredBlock};
 use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasherDefault, Hasher};
 
 /// So many names must agree before two sources are taken to hash alike.
 pub(super) const ALIKE_AFTER: u32 = 8;
 
 /// Pairs of sources that are compared; further ones count as unlike.
 const PAIRS_MAX: usize = 65_536;
+
+/// Hashes one 64-bit hash: names and blocks are spread already, but engines may number their blocks, and a map looks at both ends.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Spreader(u64);
+
+impl Hasher for Spreader {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(u64::from(byte));
+        }
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        let z = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = z ^ (z >> 32);
+    }
+}
+
+/// Builds [`Spreader`]s.
+pub(super) type Spread = BuildHasherDefault<Spreader>;
 
 /// A rank in one life.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -45,8 +70,8 @@ enum Likeness {
 #[derive(Debug)]
 pub(super) struct Lineage {
     generation_max: usize,
-    young: HashMap<EngineHash, Entry>,
-    old: HashMap<EngineHash, Entry>,
+    young: HashMap<EngineHash, Entry, Spread>,
+    old: HashMap<EngineHash, Entry, Spread>,
     pairs: HashMap<(Source, Source), Likeness>,
     /// Sources whose names do not tell a place (SGLang before 0.5.7).
     unchained: HashSet<Source>,
@@ -57,8 +82,8 @@ impl Lineage {
     pub(super) fn new(names: usize) -> Self {
         Self {
             generation_max: names.max(1),
-            young: HashMap::new(),
-            old: HashMap::new(),
+            young: HashMap::default(),
+            old: HashMap::default(),
             pairs: HashMap::new(),
             unchained: HashSet::new(),
             sources: 0,

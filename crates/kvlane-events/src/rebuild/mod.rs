@@ -8,26 +8,30 @@
 //! 1. **Memory.** A name's place is a fact about content, not about residency: it outlives a fence. A lineage remembers, for each
 //!    name, its parent and its block. The rank's own names of the same life count at once, those of another rank (or an earlier
 //!    life) once the two have named eight blocks alike and none otherwise.
-//! 2. **Requests.** The orphan continues a prompt that this router sent to the rank: its blocks are in the prompt, and the parent is the
-//!    prompt up to there. The names of the blocks above the parent stay unknown, so they get names of ours, held as long as the
-//!    parent is: engines evict a chain from its end.
-//! 3. **Answers.** `cached_tokens` of a finished request says how much of its prompt was held; [`Rebuild::answered`] gives back what
-//!    to predict.
+//! 2. **Requests.** The orphan continues a prompt that this router sent to the rank: its blocks are the end of the prompt, and the parent
+//!    is the prompt up to there. The names of the blocks above the parent stay unknown, so they get names of ours, held as long as
+//!    the parent is: engines evict a chain from its end.
+//! 3. **Answers.** `cached_tokens` of a finished request says how much of its prompt was held; [`Rebuild::answered`] says whether to
+//!    predict it.
 //!
-//! One for each partition, in front of the index: events go through [`Rebuild::event`] in the order of their worker. Only ranks that
-//! were fenced and not whole since cost more than a note of their names.
+//! One for each partition, in front of the index: events go through [`Rebuild::event`] in the order of their worker, fences and the
+//! news that a rank is whole between them. Only ranks that were fenced and are not whole since cost more than a note of their names.
+//!
+//! The names of ours assume that a chain goes from its end, as vLLM's free queue and SGLang's tree have it: where an engine takes a block
+//! out of the middle, they claim it until its child goes too, or until `cached_tokens` gives them away.
 
 mod lineage;
+mod requests;
 
 use kvlane_index::{BlockHash, EngineHash, Group, GroupKind, KvEvent, StoredBlock, Tier, Worker};
-use lineage::{Lineage, Source};
-use std::collections::{HashMap, VecDeque};
+use lineage::{Lineage, Source, Spread};
+use requests::Requests;
+use std::collections::HashMap;
+use std::ops::AddAssign;
+use std::sync::Arc;
 
-/// Blocks of requests remembered for each learning rank.
-const REQUEST_BLOCKS_MAX: usize = 65_536;
-
-/// Names that a learning rank may hold; with more it stops to learn.
-const KNOWN_MAX: usize = 4 << 20;
+/// Names that a learning rank may hold; further ones are not followed.
+const HELD_MAX: usize = 4 << 20;
 
 /// Blocks of one chain that are regained at most; a longer one stays an orphan.
 const CHAIN_MAX: usize = 65_536;
@@ -48,12 +52,23 @@ pub struct Regained {
     pub answer: u64,
 }
 
+impl AddAssign for Regained {
+    fn add_assign(&mut self, other: Self) {
+        let Self { memory, alike, request, answer } = other;
+        self.memory += memory;
+        self.alike += alike;
+        self.request += request;
+        self.answer += answer;
+    }
+}
+
 /// Stands in front of the index of one partition. See the module's description.
 #[derive(Debug)]
 pub struct Rebuild {
     lineage: Lineage,
     ranks: HashMap<Worker, Rank>,
-    regained: Regained,
+    /// Ranks that are being learnt.
+    learning: usize,
 }
 
 #[derive(Debug)]
@@ -63,75 +78,79 @@ struct Rank {
     learning: Option<Learning>,
 }
 
+/// A name that the index holds.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    copies: u8,
+    /// Its place is known; if not, it is an orphan.
+    placed: bool,
+}
+
 #[derive(Debug, Default)]
 struct Learning {
-    /// Names at known places, with their copies.
-    known: HashMap<EngineHash, u8>,
-    /// Prompts that were sent to the rank, the latest last.
-    requests: VecDeque<Vec<BlockHash>>,
-    request_blocks: usize,
+    /// The names that the index holds.
+    held: HashMap<EngineHash, Held, Spread>,
+    /// Prompts that were sent to the rank.
+    requests: Requests,
     /// For a parent that a request placed: our names of the blocks above it.
     stand_ins: HashMap<EngineHash, Vec<EngineHash>>,
 }
 
 impl Rebuild {
-    /// Remembers the lineage of at least `names` blocks (about 50 bytes each).
+    /// Remembers the lineage of at least `names` blocks, and of at most twice as many (about 60 bytes each).
     pub fn new(names: usize) -> Self {
-        Self { lineage: Lineage::new(names), ranks: HashMap::new(), regained: Regained::default() }
+        Self { lineage: Lineage::new(names), ranks: HashMap::new(), learning: 0 }
     }
 
     /// A fence: the index forgets `worker`. `restarted` says that its names may mean something else from now on.
-    pub fn reset(&mut self, worker: Worker, restarted: bool) {
+    pub fn fence(&mut self, worker: Worker, restarted: bool) {
         let source = match self.ranks.get(&worker) {
             Some(rank) if !restarted => rank.source,
             _ => self.lineage.source(),
         };
+        self.forget(worker);
         self.ranks.insert(worker, Rank { source, learning: Some(Learning::default()) });
+        self.learning += 1;
+    }
+
+    /// All that the worker holds is known: there is nothing to regain until the next fence.
+    pub fn complete(&mut self, worker: Worker) {
+        if let Some(rank) = self.ranks.get_mut(&worker)
+            && rank.learning.take().is_some()
+        {
+            self.learning -= 1;
+        }
     }
 
     /// The worker is gone for good.
     pub fn forget(&mut self, worker: Worker) {
+        self.complete(worker);
         self.ranks.remove(&worker);
     }
 
+    /// Whether any rank is being learnt: if not, requests and answers tell nothing.
+    pub fn is_learning(&self) -> bool {
+        self.learning > 0
+    }
+
     /// A prompt of this router is on its way to `worker`.
-    pub fn request(&mut self, worker: Worker, blocks: &[BlockHash]) {
-        let Some(learning) = self.ranks.get_mut(&worker).and_then(|rank| rank.learning.as_mut()) else {
-            return;
-        };
-        if blocks.len() > REQUEST_BLOCKS_MAX {
-            return;
-        }
-        learning.request_blocks += blocks.len();
-        learning.requests.push_back(blocks.to_vec());
-        while learning.request_blocks > REQUEST_BLOCKS_MAX {
-            let Some(oldest) = learning.requests.pop_front() else { break };
-            learning.request_blocks -= oldest.len();
+    pub fn request(&mut self, worker: Worker, blocks: &Arc<[BlockHash]>) {
+        if let Some(learning) = self.ranks.get_mut(&worker).and_then(|rank| rank.learning.as_mut()) {
+            learning.requests.push(blocks);
         }
     }
 
-    /// The engine has said that `cached` leading blocks of a prompt were held, where the index said `claimed`: what to predict,
-    /// if that is more than the index knew of a rank that is being learnt.
-    pub fn answered<'a>(
-        &mut self,
-        worker: Worker,
-        blocks: &'a [BlockHash],
-        cached: usize,
-        claimed: usize,
-    ) -> Option<&'a [BlockHash]> {
+    /// The engine has said that `cached` leading blocks of a prompt were held, where the index said `claimed`: whether to predict
+    /// them, and what is regained by that.
+    pub fn answered(&self, worker: Worker, cached: usize, claimed: usize) -> Option<Regained> {
         let learning = self.ranks.get(&worker)?.learning.is_some();
-        let held = blocks.get(..cached).filter(|_| learning && cached > claimed)?;
-        self.regained.answer += (cached - claimed) as u64;
-        Some(held)
-    }
-
-    /// What was regained since the start.
-    pub fn regained(&self) -> Regained {
-        self.regained
+        let more = cached.checked_sub(claimed).filter(|more| learning && *more > 0)?;
+        Some(Regained { answer: more as u64, ..Regained::default() })
     }
 
     /// Takes an event of `worker` and appends what the index is to apply, in order: mostly the event alone.
-    pub fn event(&mut self, worker: Worker, event: KvEvent, out: &mut Vec<KvEvent>) {
+    pub fn event(&mut self, worker: Worker, event: KvEvent, out: &mut Vec<KvEvent>) -> Regained {
+        let mut regained = Regained::default();
         let lineage = &mut self.lineage;
         let rank =
             self.ranks.entry(worker).or_insert_with(|| Rank { source: lineage.source(), learning: None });
@@ -140,10 +159,10 @@ impl Rebuild {
                 self.lineage.learn(rank.source, *parent, blocks);
                 if *tier == Tier::Device && group.kind == GroupKind::Full {
                     if let (Some(learning), Some(parent)) = (&mut rank.learning, parent)
-                        && !learning.known.contains_key(parent)
+                        && !learning.is_placed(*parent)
                     {
                         let regain = Regain { source: rank.source, group: *group, parent: *parent, blocks };
-                        regain.run(&self.lineage, learning, &mut self.regained, out);
+                        regained = regain.run(&self.lineage, learning, out);
                     }
                     rank.note_stored(*parent, blocks);
                 }
@@ -159,27 +178,27 @@ impl Rebuild {
             }
             KvEvent::Cleared { tier: None } => {
                 // From here on everything is known.
-                rank.learning = None;
+                self.complete(worker);
                 out.push(event);
             }
             KvEvent::Removed { .. } | KvEvent::StoredByHash { .. } | KvEvent::Cleared { .. } => {
                 out.push(event);
             }
         }
+        regained
     }
 }
 
 impl Rank {
     fn note_stored(&mut self, parent: Option<EngineHash>, blocks: &[StoredBlock]) {
         let Some(learning) = &mut self.learning else { return };
-        if parent.is_some_and(|parent| !learning.known.contains_key(&parent)) {
+        let placed = parent.is_none_or(|parent| learning.is_placed(parent));
+        if learning.held.len() + blocks.len() > HELD_MAX {
+            // As if they were not there: later ones below them are orphans to it.
             return;
         }
         for block in blocks {
-            learning.hold(block.engine);
-        }
-        if learning.known.len() > KNOWN_MAX {
-            self.learning = None;
+            learning.hold(block.engine, placed);
         }
     }
 
@@ -188,10 +207,10 @@ impl Rank {
         let Some(learning) = &mut self.learning else { return Vec::new() };
         let mut gone = Vec::new();
         for name in hashes {
-            let Some(copies) = learning.known.get_mut(name) else { continue };
-            *copies -= 1;
-            if *copies == 0 {
-                learning.known.remove(name);
+            let Some(held) = learning.held.get_mut(name) else { continue };
+            held.copies -= 1;
+            if held.copies == 0 {
+                learning.held.remove(name);
                 gone.extend(learning.stand_ins.remove(name).unwrap_or_default());
             }
         }
@@ -200,9 +219,43 @@ impl Rank {
 }
 
 impl Learning {
-    fn hold(&mut self, name: EngineHash) {
-        let copies = self.known.entry(name).or_default();
-        *copies = (*copies + 1).min(COPIES_MAX);
+    fn is_placed(&self, name: EngineHash) -> bool {
+        self.held.get(&name).is_some_and(|held| held.placed)
+    }
+
+    /// One more copy of a name, as the index counts them: one that was an orphan elsewhere begins anew.
+    fn hold(&mut self, name: EngineHash, placed: bool) {
+        let held = self.held.entry(name).or_insert(Held { copies: 0, placed });
+        if held.placed != placed {
+            *held = Held { copies: 0, placed };
+        }
+        held.copies = (held.copies + 1).min(COPIES_MAX);
+    }
+
+    /// Stores what is not held of a chain below `parent`; what is held there as an orphan finds its place by that.
+    fn place(
+        &mut self,
+        group: Group,
+        mut parent: Option<EngineHash>,
+        chain: &[StoredBlock],
+        out: &mut Vec<KvEvent>,
+    ) -> u64 {
+        let mut stored = 0;
+        let is_held = |block: &StoredBlock| self.held.contains_key(&block.engine);
+        for run in chain.chunk_by(|a, b| is_held(a) == is_held(b)) {
+            if !is_held(&run[0]) {
+                stored += run.len() as u64;
+                out.push(KvEvent::Stored { tier: Tier::Device, group, parent, blocks: run.to_vec() });
+            }
+            parent = run.last().map(|block| block.engine);
+        }
+        for block in chain {
+            match self.held.get_mut(&block.engine) {
+                Some(held) => held.placed = true,
+                None => self.hold(block.engine, true),
+            }
+        }
+        stored
     }
 }
 
@@ -214,96 +267,81 @@ struct Regain<'a> {
     blocks: &'a [StoredBlock],
 }
 
+/// What remembering the names above an orphan came to: the chain down to its parent, and what is above that.
+struct Climb {
+    chain: Vec<StoredBlock>,
+    /// All of the chain is this life's.
+    own: bool,
+    above: Above,
+}
+
+enum Above {
+    /// Nothing (the root of a prompt), or a name at a known place.
+    Placed(Option<EngineHash>),
+    /// A name that nobody remembers.
+    Unknown(EngineHash),
+}
+
 impl Regain<'_> {
-    fn run(
-        self,
-        lineage: &Lineage,
-        learning: &mut Learning,
-        regained: &mut Regained,
-        out: &mut Vec<KvEvent>,
-    ) {
-        if let Some((anchor, chain, own)) = self.by_lineage(lineage, learning) {
-            *(if own { &mut regained.memory } else { &mut regained.alike }) += chain.len() as u64;
-            for block in &chain {
-                learning.hold(block.engine);
+    fn run(self, lineage: &Lineage, learning: &mut Learning, out: &mut Vec<KvEvent>) -> Regained {
+        let mut regained = Regained::default();
+        let Some(Climb { chain, own, above }) = self.climb(lineage, learning) else { return regained };
+        match above {
+            Above::Placed(parent) => {
+                let stored = learning.place(self.group, parent, &chain, out);
+                *(if own { &mut regained.memory } else { &mut regained.alike }) += stored;
             }
-            out.push(KvEvent::Stored {
-                tier: Tier::Device,
-                group: self.group,
-                parent: anchor,
-                blocks: chain,
-            });
-        } else if let Some(above) = self.by_requests(&learning.requests) {
-            let chain = self.stand_ins(above);
-            regained.request += chain.len() as u64;
-            learning.hold(self.parent);
-            let names = chain[..chain.len() - 1].iter().map(|block| block.engine).collect();
-            learning.stand_ins.insert(self.parent, names);
-            out.push(KvEvent::Stored { tier: Tier::Device, group: self.group, parent: None, blocks: chain });
+            Above::Unknown(name) if !learning.held.contains_key(&name) => {
+                let contents: Vec<BlockHash> =
+                    chain.iter().chain(self.blocks).map(|stored| stored.block).collect();
+                let Some(above) = learning.requests.above(&contents) else { return regained };
+                let stand_ins = stand_ins(name, above);
+                let names = stand_ins.split_last().map_or(&[][..], |(_, above)| above);
+                let names = names.iter().map(|block| block.engine).collect();
+                regained.request += learning.place(self.group, None, &stand_ins, out);
+                learning.stand_ins.insert(name, names);
+                regained.request += learning.place(self.group, Some(name), &chain, out);
+            }
+            Above::Unknown(_) => {}
         }
+        regained
     }
 
-    /// The chain from the root (or from a name that is held) down to the parent, and whether all of it is this life's.
-    fn by_lineage(
-        &self,
-        lineage: &Lineage,
-        learning: &Learning,
-    ) -> Option<(Option<EngineHash>, Vec<StoredBlock>, bool)> {
+    /// Remembers the way up from the orphan's parent; `None` if it is too long.
+    fn climb(&self, lineage: &Lineage, learning: &Learning) -> Option<Climb> {
         let (mut chain, mut own) = (Vec::new(), true);
         let mut name = self.parent;
-        loop {
-            let found = lineage.look(self.source, name)?;
+        let above = loop {
+            let Some(found) = lineage.look(self.source, name) else { break Above::Unknown(name) };
             own &= found.own;
             chain.push(StoredBlock { engine: name, block: found.block });
             match found.parent {
-                Some(parent) if !learning.known.contains_key(&parent) => name = parent,
-                anchor => {
-                    chain.reverse();
-                    return Some((anchor, chain, own));
-                }
+                Some(parent) if !learning.is_placed(parent) => name = parent,
+                placed => break Above::Placed(placed),
             }
             if chain.len() == CHAIN_MAX {
                 return None;
             }
-        }
+        };
+        chain.reverse();
+        Some(Climb { chain, own, above })
     }
+}
 
-    /// The blocks above the orphan, if this router's requests agree on them.
-    fn by_requests<'r>(&self, requests: &'r VecDeque<Vec<BlockHash>>) -> Option<&'r [BlockHash]> {
-        let first = self.blocks.first()?.block;
-        let mut found: Option<&[BlockHash]> = None;
-        for prompt in requests {
-            for at in (1..prompt.len()).filter(|&at| prompt[at] == first) {
-                let continues =
-                    prompt[at..].iter().zip(self.blocks).all(|(prompt, stored)| *prompt == stored.block);
-                if !continues {
-                    continue;
-                }
-                if found.is_some_and(|other| other != &prompt[..at]) {
-                    // The same text at two places: no telling which.
-                    return None;
-                }
-                found = Some(&prompt[..at]);
-            }
-        }
-        found
+/// The blocks of `above` under names of ours, except that the last is `parent`.
+fn stand_ins(parent: EngineHash, above: &[BlockHash]) -> Vec<StoredBlock> {
+    let mut name = parent.0 ^ 0x7374_616e_642d_696e;
+    let mut chain: Vec<StoredBlock> = above
+        .iter()
+        .map(|&block| {
+            name = xxhash_rust::xxh3::xxh3_64_with_seed(&block.0.to_le_bytes(), name);
+            StoredBlock { engine: EngineHash(name), block }
+        })
+        .collect();
+    if let Some(last) = chain.last_mut() {
+        last.engine = parent;
     }
-
-    /// `above` with the parent's name at its end and names of ours before it.
-    fn stand_ins(&self, above: &[BlockHash]) -> Vec<StoredBlock> {
-        let mut name = self.parent.0 ^ 0x7374_616e_642d_696e;
-        let mut chain: Vec<StoredBlock> = above
-            .iter()
-            .map(|&block| {
-                name = xxhash_rust::xxh3::xxh3_64_with_seed(&block.0.to_le_bytes(), name);
-                StoredBlock { engine: EngineHash(name), block }
-            })
-            .collect();
-        if let Some(last) = chain.last_mut() {
-            last.engine = self.parent;
-        }
-        chain
-    }
+    chain
 }
 
 #[cfg(test)]

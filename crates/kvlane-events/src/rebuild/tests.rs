@@ -16,24 +16,25 @@ fn chain(engine: u64, prompt: &[u64]) -> Vec<StoredBlock> {
         .collect()
 }
 
-fn blocks(prompt: &[u64]) -> Vec<BlockHash> {
+fn blocks(prompt: &[u64]) -> Arc<[BlockHash]> {
     prompt.iter().copied().map(BlockHash).collect()
 }
 
 struct Test {
     rebuild: Rebuild,
     index: Oracle,
+    regained: Regained,
 }
 
 impl Test {
     fn new() -> Self {
         let config = IndexConfig::new(BlockSize::new(16).unwrap());
-        Self { rebuild: Rebuild::new(1_000), index: Oracle::new(&config) }
+        Self { rebuild: Rebuild::new(1_000), index: Oracle::new(&config), regained: Regained::default() }
     }
 
     fn event(&mut self, worker: Worker, event: KvEvent) {
         let mut out = Vec::new();
-        self.rebuild.event(worker, event, &mut out);
+        self.regained += self.rebuild.event(worker, event, &mut out);
         for event in &out {
             let _ = self.index.apply(worker, event);
         }
@@ -53,7 +54,7 @@ impl Test {
     }
 
     fn fence(&mut self, worker: Worker, restarted: bool) {
-        self.rebuild.reset(worker, restarted);
+        self.rebuild.fence(worker, restarted);
         let _ = self.index.remove_worker(worker);
     }
 
@@ -72,7 +73,7 @@ fn the_same_life_is_remembered_across_a_fence() {
     t.fence(A, false);
     t.run(A, 7, &[1, 2, 3, 4], 3);
     assert_eq!(t.device(A, &[1, 2, 3, 4]), 4);
-    assert_eq!(t.rebuild.regained().memory, 3);
+    assert_eq!(t.regained.memory, 3);
     // And what was regained can be removed under its own name.
     t.remove(A, chain(7, &[1, 2])[1].engine);
     assert_eq!(t.device(A, &[1, 2, 3, 4]), 1);
@@ -96,7 +97,7 @@ fn another_life_is_believed_only_once_it_is_proven_alike() {
     t.fence(A, true);
     t.run(A, 7, &[1, 2, 3, 4], 3);
     assert_eq!(t.device(A, &[1, 2, 3, 4]), 0);
-    assert_eq!(t.rebuild.regained(), Regained::default());
+    assert_eq!(t.regained, Regained::default());
 }
 
 #[test]
@@ -112,7 +113,7 @@ fn a_rank_that_hashes_alike_knows_the_names() {
     t.run(A, 7, &[1, 2, 3, 5], 3);
     assert_eq!(t.device(A, &[1, 2, 3, 5]), 4);
     assert_eq!(t.device(A, &[1, 2, 3, 4]), 4, "the earlier orphan is linked");
-    assert_eq!(t.rebuild.regained().alike, 3);
+    assert_eq!(t.regained.alike, 3);
 }
 
 #[test]
@@ -156,7 +157,7 @@ fn a_request_of_the_router_places_its_orphan() {
     t.rebuild.request(A, &blocks(&[1, 2, 3, 4]));
     t.run(A, 7, &[1, 2, 3, 4, 5], 3);
     assert_eq!(t.device(A, &[1, 2, 3, 4, 5]), 5);
-    assert_eq!(t.rebuild.regained().request, 3);
+    assert_eq!(t.regained.request, 3);
     // The parent goes, and with it what stood above it under names of ours.
     t.remove(A, chain(7, &[1, 2, 3])[2].engine);
     assert_eq!(t.device(A, &[1, 2, 3, 4, 5]), 0);
@@ -173,16 +174,72 @@ fn requests_that_disagree_place_nothing() {
 }
 
 #[test]
+fn the_middle_of_a_prompt_places_nothing_until_its_end_is_there() {
+    let mut t = Test::new();
+    t.fence(A, true);
+    t.rebuild.request(A, &blocks(&[1, 2, 3, 4, 5]));
+    // A long prompt is computed in pieces.
+    t.run(A, 7, &[1, 2, 3, 4], 2);
+    assert_eq!(t.device(A, &[1, 2, 3, 4, 5]), 0, "3, 4 may stand in another prompt");
+    t.run(A, 7, &[1, 2, 3, 4, 5], 4);
+    assert_eq!(t.device(A, &[1, 2, 3, 4, 5]), 5);
+    assert_eq!(t.regained.request, 2, "what was stored is not stored again");
+    t.remove(A, chain(7, &[1, 2, 3, 4])[3].engine);
+    assert_eq!(t.device(A, &[1, 2, 3, 4, 5]), 3, "one copy, one removal");
+}
+
+#[test]
+fn orphans_are_not_counted_again_when_their_place_is_remembered() {
+    let mut t = Test::new();
+    let long: Vec<u64> = (100..120).collect();
+    t.run(B, 7, &[1, 2], 0);
+    t.fence(A, true);
+    t.run(A, 7, &[1, 2, 3], 2);
+    t.run(B, 7, &long, 0);
+    t.run(A, 7, &long, 0);
+    t.run(A, 7, &[1, 2, 3, 4], 3);
+    assert_eq!((t.device(A, &[1, 2, 3, 4]), t.regained.alike), (4, 2));
+    t.remove(A, chain(7, &[1, 2, 3])[2].engine);
+    assert_eq!(t.device(A, &[1, 2, 3, 4]), 2);
+}
+
+#[test]
 fn an_answer_becomes_a_prediction_while_learning() {
     let mut t = Test::new();
-    let prompt = blocks(&[1, 2, 3]);
-    assert_eq!(t.rebuild.answered(A, &prompt, 2, 0), None, "nothing is missing");
+    assert_eq!(t.rebuild.answered(A, 2, 0), None, "nothing is missing");
     t.fence(A, false);
-    assert_eq!(t.rebuild.answered(A, &prompt, 2, 0), Some(&prompt[..2]));
-    assert_eq!(t.rebuild.answered(A, &prompt, 2, 2), None);
+    assert!(t.rebuild.is_learning());
+    assert_eq!(t.rebuild.answered(A, 2, 0), Some(Regained { answer: 2, ..Regained::default() }));
+    assert_eq!(t.rebuild.answered(A, 2, 2), None);
     t.event(A, KvEvent::Cleared { tier: None });
-    assert_eq!(t.rebuild.answered(A, &prompt, 2, 0), None);
-    assert_eq!(t.rebuild.regained().answer, 2);
+    assert_eq!(t.rebuild.answered(A, 2, 0), None);
+    assert!(!t.rebuild.is_learning());
+}
+
+#[test]
+fn a_rank_that_is_whole_again_is_not_learnt_any_more() {
+    let mut t = Test::new();
+    t.fence(A, true);
+    t.fence(A, true);
+    t.fence(B, false);
+    t.rebuild.complete(A);
+    assert!(t.rebuild.is_learning());
+    t.rebuild.forget(B);
+    assert!(!t.rebuild.is_learning());
+}
+
+#[test]
+fn a_prompt_that_was_pushed_out_places_nothing() {
+    let mut t = Test::new();
+    t.fence(A, true);
+    t.rebuild.request(A, &blocks(&[1, 2, 3, 4]));
+    let other: Vec<u64> = (100..40_000).collect();
+    t.rebuild.request(A, &blocks(&other));
+    t.rebuild.request(A, &blocks(&other));
+    t.run(A, 7, &[1, 2, 3, 4], 3);
+    assert_eq!(t.device(A, &[1, 2, 3, 4]), 0);
+    let learning = t.rebuild.ranks[&A].learning.as_ref().unwrap();
+    assert_eq!(learning.requests.len(), (39_900, 39_900), "and leaves nothing behind");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! is a hole that the next replay fills.
 
 use super::Limits;
+use super::recent::fingerprint;
 use std::collections::VecDeque;
 
 /// A published batch that waits.
@@ -40,6 +41,11 @@ impl Buffer {
         let waiting = self.queue.pop_front()?;
         self.bytes -= waiting.payload.len();
         Some(waiting)
+    }
+
+    /// Whether a batch of this number and fingerprint waits.
+    pub(super) fn has(&self, seq: u64, print: u64) -> bool {
+        self.queue.iter().any(|waiting| waiting.seq == seq && fingerprint(&waiting.payload) == print)
     }
 
     pub(super) fn clear(&mut self) {

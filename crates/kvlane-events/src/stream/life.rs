@@ -8,6 +8,7 @@ impl Stream {
         self.retains = true;
         self.heard_ms = now_ms;
         if self.next.is_none() {
+            self.complete = false;
             self.learn(now_ms, out);
         } else if self.config.replay {
             self.unverified = true;
@@ -39,8 +40,7 @@ impl Stream {
     }
 
     pub(super) fn restarted(&mut self, now_ms: u64, out: &mut Vec<Action>) {
-        self.counters.restarts += 1;
-        self.fence(out);
+        self.new_life(out);
         self.learn(now_ms, out);
     }
 
@@ -49,8 +49,7 @@ impl Stream {
         let same = before == Some(start_s);
         if let Phase::Confirming { .. } = self.phase {
             if !same {
-                self.counters.restarts += 1;
-                self.fence(out);
+                self.new_life(out);
             }
             return self.follow();
         }
@@ -60,8 +59,7 @@ impl Stream {
         if before.is_none() || same || known_already || self.next.is_none() {
             return;
         }
-        self.counters.restarts += 1;
-        self.fence(out);
+        self.new_life(out);
         if self.phase != Phase::Blind {
             self.buffer.clear();
             self.learn(now_ms, out);
@@ -82,6 +80,7 @@ impl Stream {
             Phase::Asking { heard_ms, .. } if now_ms >= heard_ms + limits.reply_idle_ms => {
                 self.retry(now_ms, out);
             }
+            Phase::Healing { until_ms } if now_ms >= until_ms => self.follow(),
             Phase::Pausing { plan, until_ms } if now_ms >= until_ms => self.ask(plan, now_ms, out),
             Phase::Confirming { until_ms } if now_ms >= until_ms => {
                 self.fence(out);
@@ -116,14 +115,28 @@ impl Stream {
         self.stale_at_ms.get_or_insert(now_ms + self.config.limits.stale_ms);
     }
 
+    /// The engine has restarted: all that was known is void, the meaning of its names included.
+    pub(super) fn new_life(&mut self, out: &mut Vec<Action>) {
+        self.counters.restarts += 1;
+        self.end_epoch(true, out);
+    }
+
     /// Ends the present epoch: all that was known is void.
     pub(super) fn fence(&mut self, out: &mut Vec<Action>) {
+        let unsure = self.unverified || matches!(self.phase, Phase::Blind | Phase::Confirming { .. });
+        self.end_epoch(unsure, out);
+    }
+
+    fn end_epoch(&mut self, restarted: bool, out: &mut Vec<Action>) {
         self.epoch += 1;
         self.counters.resets += 1;
         self.next = None;
         self.since = None;
         self.complete = false;
         self.unverified = false;
+        if std::mem::take(&mut self.adopting) {
+            out.push(Action::DropSnapshot);
+        }
         self.fault = None;
         self.recent.clear();
         self.replayed = None;
@@ -131,6 +144,6 @@ impl Stream {
         self.first_ts_s = None;
         self.last_ts_s = None;
         self.stale_at_ms = None;
-        out.push(Action::Reset { epoch: self.epoch });
+        out.push(Action::Reset { epoch: self.epoch, restarted });
     }
 }

@@ -19,7 +19,9 @@ pub struct Limits {
     pub stale_ms: u64,
     /// Silence after which a stream with a replay endpoint asks whether it missed the last batch.
     pub quiet_ms: u64,
-    /// First pause before a whole replay is tried again after it was given up; doubles up to `again_max_ms`.
+    /// How long live batches wait for a snapshot.
+    pub snapshot_ms: u64,
+    /// First pause before a whole replay, or a snapshot, is tried again after it was given up; doubles up to `again_max_ms`.
     pub again_ms: u64,
     /// The longest such pause.
     pub again_max_ms: u64,
@@ -36,6 +38,7 @@ impl Default for Limits {
             tries: 5,
             stale_ms: 10_000,
             quiet_ms: 15_000,
+            snapshot_ms: 2_000,
             again_ms: 30_000,
             again_max_ms: 600_000,
         }

@@ -4,7 +4,7 @@ use super::buffer::Waiting;
 use super::frames::{self, Message};
 use super::recent::{Seen, fingerprint};
 use super::{Action, CLOCK_SLACK_S, Fault, Phase, Plan, Purpose, Stream, distance};
-use crate::wire::{self, DropReason};
+use crate::wire::{self, DropReason, EngineKind, WireEvent};
 use kvlane_index::KvEvent;
 use std::cmp::Ordering;
 
@@ -46,7 +46,7 @@ impl Stream {
 
     /// Takes a live batch while following.
     pub(super) fn in_order(&mut self, message: Message<'_>, now_ms: u64, out: &mut Vec<Action>) {
-        if self.precedes_process(message.payload) && self.drop_stray(out) {
+        if self.precedes_process(message.payload) && !self.begins_life(message) && self.drop_stray(out) {
             return;
         }
         let Some(next) = self.next else {
@@ -72,6 +72,10 @@ impl Stream {
 
     /// The first batch of what will be known.
     pub(super) fn begin(&mut self, message: Message<'_>, now_ms: u64, out: &mut Vec<Action>) {
+        if self.complete && message.seq != 0 {
+            // It had published before, and said otherwise.
+            self.fence(out);
+        }
         self.start_at(message.seq);
         self.apply_live(message, now_ms, out);
     }
@@ -136,13 +140,13 @@ impl Stream {
         // A restarted engine publishes later than what was applied. The one batch that told of a restart and was not found in the
         // replay that followed is a stray as well.
         let print = fingerprint(message.payload);
-        let stray = age == Some(Ordering::Less) || self.restarted_by == Some(print);
+        let stray =
+            age == Some(Ordering::Less) && !self.begins_life(message) || self.restarted_by == Some(print);
         if stray && self.drop_stray(out) {
             return;
         }
         self.restarted_by = Some(print);
-        self.counters.restarts += 1;
-        self.fence(out);
+        self.new_life(out);
         if self.config.replay && self.retains {
             self.put_back(message);
             self.ask(Plan::new(Purpose::Start), now_ms, out);
@@ -164,6 +168,15 @@ impl Stream {
     fn precedes_process(&self, payload: &[u8]) -> bool {
         let published = wire::published_s(payload);
         published.zip(self.process_start_s).is_some_and(|(ts_s, start_s)| ts_s + CLOCK_SLACK_S < start_s)
+    }
+
+    /// Whether a batch says of itself that it is the first of a life: SGLang begins each with a clear. Then its clock, which may have been
+    /// set back, proves nothing.
+    fn begins_life(&self, message: Message<'_>) -> bool {
+        message.seq == 0
+            && self.config.engine == EngineKind::Sglang
+            && wire::decode(EngineKind::Sglang, message.payload)
+                .is_ok_and(|batch| batch.events.first() == Some(&WireEvent::Cleared))
     }
 
     /// Counts and drops a batch of an earlier life, unless there were so many that it must be the clock.

@@ -11,6 +11,7 @@
 //!   reconnect, and after a long silence (a tail lost by PUB, or a half-open connection, shows no other way).
 //! * A restart is also seen by a sequence number that falls back (with other bytes than were applied under it), and by a
 //!   new process start time. Each fence begins a new epoch.
+//! * What the engine has forgotten may come from a snapshot: a peer's, or this router's own ([`Input::Snapshot`]).
 //! * Knowledge is *complete* from sequence 0 or from a clear on: [`State::Live`]. Otherwise it grows from what is published
 //!   from now on: [`State::Rebuilding`].
 //!
@@ -23,8 +24,10 @@ mod limits;
 mod live;
 mod recent;
 mod replay;
+mod snapshot;
 
 pub use limits::Limits;
+pub use snapshot::{PRINTS_MAX, Position};
 
 use crate::resolve::Resolver;
 use crate::wire::{Decoder, DropReason, EngineKind};
@@ -50,6 +53,8 @@ pub struct StreamConfig {
     pub topic: Option<Vec<u8>>,
     /// Whether there is a replay endpoint.
     pub replay: bool,
+    /// Whether there may be snapshots of the worker to ask for.
+    pub snapshots: bool,
     /// Bounds.
     pub limits: Limits,
 }
@@ -76,6 +81,18 @@ pub enum Input<'a> {
         /// The request.
         attempt: u64,
     },
+    /// Where a snapshot of the worker goes on; its content stays with the caller.
+    Snapshot {
+        /// The request that it answers.
+        attempt: u64,
+        /// After which batch it was taken.
+        position: &'a Position,
+    },
+    /// There is no snapshot.
+    SnapshotFailed {
+        /// The request.
+        attempt: u64,
+    },
     /// The engine's `process_start_time_seconds`, whenever it was read.
     ProcessStart(f64),
     /// What is known of the worker is not to be trusted (it was away, or it answered otherwise than the index said).
@@ -93,6 +110,8 @@ pub enum Action {
     Reset {
         /// The epoch that begins.
         epoch: u64,
+        /// The engine was restarted, or may have been: its names may mean something else from now on.
+        restarted: bool,
     },
     /// Open a new DEALER (closing any earlier one), send `["", from_seq as 8 bytes big-endian]`, and pass what comes as
     /// [`Input::Replay`] under this attempt.
@@ -102,6 +121,16 @@ pub enum Action {
         /// The first sequence number wanted.
         from_seq: u64,
     },
+    /// Look for a snapshot of the worker (a peer's, or one's own of an earlier life), and pass its position in as [`Input::Snapshot`] under
+    /// this attempt, or [`Input::SnapshotFailed`]. Live batches wait meanwhile, [`Limits::snapshot_ms`] at most.
+    RequestSnapshot {
+        /// Names this request; an answer to an earlier one is dropped.
+        attempt: u64,
+    },
+    /// The snapshot whose position was passed in last is of this life: apply its content to the worker, of which nothing is held, now.
+    AdoptSnapshot,
+    /// The snapshot whose position was passed in last is of no use.
+    DropSnapshot,
     /// How far the worker's knowledge can be trusted has changed.
     StateChanged(State),
     /// Something was not used.
@@ -218,6 +247,8 @@ enum Phase {
     Asking { plan: Plan, heard_ms: u64, answered: bool },
     /// A replay will be tried again, live batches wait.
     Pausing { plan: Plan, until_ms: u64 },
+    /// A snapshot was asked for, live batches wait.
+    Healing { until_ms: u64 },
     /// Reconnected without a replay endpoint: the process start time must say whether it is the same life.
     Confirming { until_ms: u64 },
 }
@@ -238,6 +269,8 @@ pub struct Stream {
     complete: bool,
     /// A reconnect happened since the last batch: it may be another life.
     unverified: bool,
+    /// A snapshot from elsewhere waits for the proof that it is of the engine's present life; its content is not applied yet.
+    adopting: bool,
     /// The engine's replay buffer has been seen to hold what it should.
     retains: bool,
     fault: Option<Fault>,
@@ -261,6 +294,8 @@ pub struct Stream {
     stale_at_ms: Option<u64>,
     /// When a whole replay is tried again, and the pause after that.
     again: Option<(u64, u64)>,
+    /// When a snapshot may be asked for again, and the pause after that.
+    asked_elsewhere: Option<(u64, u64)>,
     reported: State,
     counters: Counters,
     events: Vec<KvEvent>,
@@ -281,6 +316,7 @@ impl Stream {
             since: None,
             complete: false,
             unverified: false,
+            adopting: false,
             retains: true,
             fault: None,
             recent: Recent::default(),
@@ -297,6 +333,7 @@ impl Stream {
             probes_unanswered: 0,
             stale_at_ms: None,
             again: None,
+            asked_elsewhere: None,
             reported: State::Blind,
             counters: Counters::default(),
             events: Vec::new(),
@@ -322,6 +359,8 @@ impl Stream {
                     self.retry(now_ms, out);
                 }
             }
+            Input::Snapshot { attempt, position } => self.snapshot(attempt, position, now_ms, out),
+            Input::SnapshotFailed { attempt } => self.no_snapshot(attempt),
             Input::ProcessStart(start_s) => self.process_start(start_s, now_ms, out),
             Input::Relearn => {
                 self.fence(out);
@@ -334,6 +373,7 @@ impl Stream {
         }
         self.on_time(now_ms, out);
         self.drain(now_ms, out);
+        self.ask_elsewhere(now_ms, out);
         let state = self.state();
         if state != self.reported {
             self.reported = state;
@@ -345,9 +385,13 @@ impl Stream {
     pub fn next_deadline_ms(&self) -> Option<u64> {
         let own = match self.phase {
             Phase::Blind => None,
-            Phase::Following => self.following_deadline_ms(),
+            Phase::Following => {
+                [self.following_deadline_ms(), self.elsewhere_deadline_ms()].into_iter().flatten().min()
+            }
             Phase::Asking { heard_ms, .. } => Some(heard_ms + self.config.limits.reply_idle_ms),
-            Phase::Pausing { until_ms, .. } | Phase::Confirming { until_ms } => Some(until_ms),
+            Phase::Pausing { until_ms, .. }
+            | Phase::Healing { until_ms }
+            | Phase::Confirming { until_ms } => Some(until_ms),
         };
         [own, self.stale_at_ms].into_iter().flatten().min()
     }
@@ -357,6 +401,8 @@ impl Stream {
         match self.phase {
             Phase::Blind if self.next.is_none() => State::Blind,
             Phase::Blind | Phase::Confirming { .. } => State::Degraded(Fault::Disconnected),
+            _ if self.adopting => State::Replaying,
+            Phase::Healing { .. } => State::Replaying,
             Phase::Asking { plan, .. } | Phase::Pausing { plan, .. }
                 if !matches!(plan.purpose, Purpose::Probe | Purpose::Again) =>
             {
@@ -385,7 +431,8 @@ impl Stream {
         self.next
     }
 
-    /// The number of the first batch of what is known: all from there on was applied, without a hole.
+    /// The number of the first batch of what is known: all from there on was applied, without a hole. After a peer's snapshot: the one
+    /// that it goes on with.
     pub fn since_seq(&self) -> Option<u64> {
         self.since
     }

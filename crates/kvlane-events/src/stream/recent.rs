@@ -51,15 +51,32 @@ impl Recent {
         self.prints.len()
     }
 
+    /// The newest fingerprints, at most `count`, the newest last.
+    pub(super) fn newest(&self, count: usize) -> Vec<u64> {
+        self.prints.range(self.prints.len().saturating_sub(count)..).copied().collect()
+    }
+
+    /// Starts afresh with the fingerprints of the batches before `next`.
+    pub(super) fn restart(&mut self, next: u64, prints: &[u64]) {
+        self.prints.clear();
+        self.prints.extend(&prints[prints.len().saturating_sub(KEPT)..]);
+        self.next = next;
+    }
+
     pub(super) fn clear(&mut self) {
         self.prints.clear();
     }
 
     pub(super) fn look(&self, seq: u64, payload: &[u8]) -> Seen {
+        self.look_print(seq, fingerprint(payload))
+    }
+
+    /// The same by the fingerprint.
+    pub(super) fn look_print(&self, seq: u64, print: u64) -> Seen {
         // How far before `next`: 1 = the newest.
         let back = self.next.wrapping_sub(seq);
         match usize::try_from(back).ok().filter(|back| (1..=self.prints.len()).contains(back)) {
-            Some(back) if self.prints[self.prints.len() - back] == fingerprint(payload) => Seen::Same,
+            Some(back) if self.prints[self.prints.len() - back] == print => Seen::Same,
             Some(_) => Seen::Other,
             None => Seen::Forgotten,
         }

@@ -97,7 +97,7 @@ impl Stream {
     /// A replayed batch that was applied before: the proof of the same life, or of another.
     fn replay_known(&mut self, message: Message<'_>, now_ms: u64, out: &mut Vec<Action>) {
         match self.recent.look(message.seq, message.payload) {
-            Seen::Same => self.unverified = false,
+            Seen::Same => self.prove(out),
             Seen::Other => self.restarted(now_ms, out),
             Seen::Forgotten => out.push(Action::Dropped(DropReason::Duplicate)),
         }
@@ -133,9 +133,15 @@ impl Stream {
     }
 
     pub(super) fn replay_end(&mut self, plan: Plan, answered: bool, now_ms: u64, out: &mut Vec<Action>) {
-        if !answered && self.next.is_some() && matches!(plan.purpose, Purpose::Hole | Purpose::Probe) {
+        let nothing =
+            !answered && self.next.is_some() && matches!(plan.purpose, Purpose::Hole | Purpose::Probe);
+        if nothing || self.adopting {
             // Not even the last batch: it has none of this life's.
             return self.restarted(now_ms, out);
+        }
+        if !answered && self.next.is_none() {
+            // It has published nothing: what follows from number 0 on is all there is.
+            self.complete = self.retains;
         }
         self.heard_ms = now_ms;
         self.probes_unanswered = 0;

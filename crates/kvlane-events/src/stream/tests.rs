@@ -29,11 +29,16 @@ struct Test {
 
 impl Test {
     fn new(replay: bool) -> Self {
+        Self::with(EngineKind::Vllm, replay, false)
+    }
+
+    fn with(engine: EngineKind, replay: bool, snapshots: bool) -> Self {
         let config = StreamConfig {
-            engine: EngineKind::Vllm,
+            engine,
             block_size: BlockSize::new(2).unwrap(),
             topic: None,
             replay,
+            snapshots,
             limits: Limits::default(),
         };
         Self { stream: Stream::new(config), now_ms: 1_000 }
@@ -59,6 +64,11 @@ impl Test {
         self.input(Input::Replay { attempt, frames: &[b"", &u64::MAX.to_be_bytes(), b""] })
     }
 
+    fn snapshot(&mut self, position: &Position) -> Vec<String> {
+        let attempt = self.stream.attempt;
+        self.input(Input::Snapshot { attempt, position })
+    }
+
     fn wait(&mut self) -> Vec<String> {
         self.now_ms = self.stream.next_deadline_ms().expect("nothing to wait for").max(self.now_ms);
         self.input(Input::Tick)
@@ -72,11 +82,14 @@ fn line(action: &Action) -> String {
         }
         Action::Apply(KvEvent::Cleared { tier: None }) => "clear".into(),
         Action::Apply(other) => format!("{other:?}"),
-        Action::Reset { epoch } => format!("reset {epoch}"),
+        Action::Reset { epoch, .. } => format!("reset {epoch}"),
         Action::RequestReplay { from_seq, .. } => format!("ask {from_seq}"),
         Action::StateChanged(State::Degraded(fault)) => format!("degraded: {}", fault.name()),
         Action::StateChanged(state) => state.name().into(),
         Action::Dropped(reason) => format!("drop {}", reason.name()),
+        Action::RequestSnapshot { .. } => "ask elsewhere".into(),
+        Action::AdoptSnapshot => "adopt".into(),
+        Action::DropSnapshot => "no use".into(),
     }
 }
 
@@ -105,8 +118,8 @@ fn a_truncated_replay_leaves_the_beginning_unknown_until_a_clear() {
 fn a_gap_is_filled_from_the_last_applied_batch_on() {
     let mut t = Test::new(true);
     t.input(Input::Connected);
-    t.end();
-    assert_eq!(t.live(0, &batch(1.0, 10)), ["+10", "live"]);
+    assert_eq!(t.end(), ["live"]);
+    assert_eq!(t.live(0, &batch(1.0, 10)), ["+10"]);
     assert_eq!(t.live(2, &batch(3.0, 12)), ["ask 0", "replaying"]);
     assert!(t.reply(0, &batch(1.0, 10)).is_empty());
     assert_eq!(t.reply(1, &batch(2.0, 11)), ["+11"]);
@@ -258,4 +271,99 @@ fn names_survive_the_way() {
     t.stream.handle(Input::Live(&[b"", &0u64.to_be_bytes(), &batch(1.0, 9)]), 0, &mut out);
     let Action::Apply(KvEvent::Stored { blocks, parent: None, .. }) = &out[0] else { panic!("{out:?}") };
     assert_eq!(blocks[0].engine, EngineHash(9));
+}
+
+#[test]
+fn an_engine_that_has_published_nothing_is_known_whole() {
+    let mut t = Test::new(true);
+    t.input(Input::Connected);
+    assert_eq!(t.end(), ["live"]);
+    assert_eq!(t.live(0, &batch(1.0, 10)), ["+10"]);
+    // Unless it turns out to have forgotten what it published.
+    let mut t = Test::new(true);
+    t.input(Input::Connected);
+    t.end();
+    assert_eq!(t.live(5, &batch(1.0, 10)), ["ask 0", "replaying"]);
+    assert_eq!(t.end(), ["reset 1", "+10", "rebuilding"]);
+}
+
+#[test]
+fn an_sglang_that_begins_with_a_clear_is_another_life_whatever_its_clock_says() {
+    let other_life = |engine, first: &[u8]| {
+        let mut t = Test::with(engine, true, false);
+        t.input(Input::Connected);
+        t.end();
+        t.live(0, &cleared(1000.0));
+        t.live(1, &batch(1001.0, 10));
+        t.live(0, first)
+    };
+    // The clock was set back.
+    assert_eq!(other_life(EngineKind::Sglang, &cleared(500.0)), ["reset 1", "ask 0", "replaying"]);
+    assert_eq!(other_life(EngineKind::Sglang, &batch(500.0, 10)), ["drop earlier_life"]);
+    assert_eq!(other_life(EngineKind::Vllm, &cleared(500.0)), ["drop earlier_life"]);
+}
+
+/// Two streams of one engine: the first knows it whole up to batch 9, the second comes when the engine has only batch 7 and later ones.
+fn two_routers(replay: bool) -> (Position, Test) {
+    let mut t = Test::new(replay);
+    t.input(Input::Connected);
+    t.end();
+    for seq in 0..10 {
+        t.live(seq, &batch(seq as f64, 10 + seq as u8));
+    }
+    let mut late = Test::with(EngineKind::Vllm, replay, true);
+    late.input(Input::Connected);
+    if replay {
+        assert_eq!(late.reply(7, &batch(7.0, 17)), ["+17"]);
+        assert_eq!(late.end(), ["ask elsewhere"]);
+    } else {
+        assert_eq!(late.live(7, &batch(7.0, 17)), ["+17", "ask elsewhere", "replaying"]);
+    }
+    (t.stream.position().unwrap(), late)
+}
+
+#[test]
+fn a_snapshot_fills_what_the_engine_has_forgotten() {
+    let (position, mut t) = two_routers(true);
+    assert!(t.live(8, &batch(8.0, 18)).is_empty(), "it waits");
+    assert_eq!(t.snapshot(&position), ["reset 1", "ask 0"]);
+    assert!(t.live(10, &batch(10.0, 20)).is_empty());
+    assert_eq!(t.reply(7, &batch(7.0, 17)), ["adopt"], "the same bytes: the same life");
+    assert!(t.reply(8, &batch(8.0, 18)).is_empty());
+    assert!(t.reply(9, &batch(9.0, 19)).is_empty());
+    assert_eq!(t.end(), ["drop duplicate", "+20", "live"]);
+    assert_eq!(t.stream.position().unwrap().since_seq, Some(0));
+}
+
+#[test]
+fn without_a_replay_endpoint_a_snapshot_goes_on_where_it_was_heard() {
+    let (position, mut t) = two_routers(false);
+    assert!(t.live(8, &batch(8.0, 18)).is_empty());
+    assert!(t.live(9, &batch(9.0, 19)).is_empty());
+    assert!(t.live(10, &batch(10.0, 20)).is_empty());
+    assert_eq!(
+        t.snapshot(&position),
+        ["reset 1", "adopt", "drop duplicate", "drop duplicate", "+20", "live"]
+    );
+
+    let (position, mut t) = two_routers(false);
+    assert!(t.live(10, &batch(10.0, 20)).is_empty());
+    assert_eq!(t.snapshot(&position)[0], "no use", "batch 9 is not proven to be of this life");
+}
+
+#[test]
+fn a_snapshot_of_another_life_is_not_adopted() {
+    let (position, mut t) = two_routers(true);
+    assert_eq!(t.snapshot(&position), ["reset 1", "ask 0"]);
+    assert_eq!(t.reply(7, &batch(77.0, 17)), ["no use", "reset 2", "ask 0"]);
+    // And one that comes too late, or says nothing more, is of no use.
+    let (position, mut t) = two_routers(true);
+    assert_eq!(t.wait(), ["rebuilding"]);
+    assert_eq!(t.snapshot(&position), ["drop late_reply", "no use"]);
+    let (position, mut t) = two_routers(true);
+    let partial = Position { complete: false, since_seq: Some(8), ..position };
+    assert_eq!(t.snapshot(&partial), ["no use", "rebuilding"]);
+    let (_, mut t) = two_routers(true);
+    let attempt = t.stream.attempt;
+    assert_eq!(t.input(Input::SnapshotFailed { attempt }), ["rebuilding"]);
 }

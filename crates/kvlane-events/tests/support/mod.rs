@@ -89,6 +89,7 @@ impl Follower {
             block_size: BlockSize::new(block_size).unwrap(),
             topic: None,
             replay: true,
+            snapshots: false,
             limits: Limits::default(),
         };
         Self { stream: Stream::new(config), retained, attempt: 0 }

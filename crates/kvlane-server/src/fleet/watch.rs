@@ -128,6 +128,7 @@ impl Watch {
                     block_size: facts.block_size,
                     topic: publisher.topic.as_ref().map(|t| t.clone().into_bytes()),
                     replay: publisher.replay.is_some(),
+                    snapshots: false,
                     limits: Limits::default(),
                 },
                 scheme: Scheme::default(),

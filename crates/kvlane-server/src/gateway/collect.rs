@@ -3,6 +3,7 @@
 //! They are read when somebody asks, so nothing is counted twice and nothing of a worker that is gone stays.
 
 use super::Gateway;
+use kvlane_events::rebuild::Regained;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -108,6 +109,11 @@ impl Gateway {
             register(r, "event_blocks", "What events did to the index, in blocks, by status");
         let drops: Counts<Kind> =
             register(r, "event_drops", "Events and messages that were dropped, by reason");
+        let regained: Counts<Kind> = register(
+            r,
+            "event_regained_blocks",
+            "Blocks that a fence had made unknown and that were regained, by how their place was learnt",
+        );
         let lag: Floats<Of> = register(
             r,
             "event_lag_seconds",
@@ -145,6 +151,12 @@ impl Gateway {
             }
             for (reason, count) in stats.drops() {
                 drops.get_or_create_owned(&of(reason.name())).inc_by(count);
+            }
+            let Regained { memory, alike, request, answer } = stats.regained;
+            for (kind, count) in
+                [("memory", memory), ("alike", alike), ("request", request), ("answer", answer)]
+            {
+                regained.get_or_create_owned(&of(kind)).inc_by(count);
             }
             if let Some(seconds) = stats.lag_s {
                 lag.get_or_create_owned(&Of { worker: worker.clone() }).set(seconds);

@@ -12,10 +12,13 @@ use crate::metrics::Outcome;
 use kvlane_index::Worker;
 use kvlane_sched::RequestId;
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Output is reported to the ledger once per so many pieces of a stream: the lock is shared by all requests.
 const OUTPUT_BATCH: u32 = 64;
+
+/// Blocks that an engine said it held, though no event of this life did, are predicted for this long: no event will tell when they go.
+const PREDICTED_FROM_ANSWER: Duration = Duration::from_secs(60);
 
 /// So many requests after the start have their tokens proven by the engine's events, then one in [`PROOF_EVERY`].
 const PROOF_FIRST: u64 = 16;
@@ -186,6 +189,9 @@ impl InFlight {
             since: Instant::now(),
             proof,
         };
+        if let (None, Some(prediction), Some(actual)) = (reason, prediction, actual) {
+            self.learn(prediction, actual);
+        }
         match (reason, *prediction, actual) {
             (None, Some(prediction), Some(actual)) if prediction.cached_tokens == actual => {
                 conclude(Verdict::Exact { actual });
@@ -199,6 +205,24 @@ impl InFlight {
             (reason, ..) => {
                 conclude(Verdict::Unaudited { actual, reason: reason.unwrap_or("not-reported") });
             }
+        }
+    }
+
+    /// What the engine held of the prompt without the index knowing it, counts as predicted for a while.
+    fn learn(&self, prediction: &Prediction, actual: u32) {
+        let Some(blocks) = &self.expected.blocks else { return };
+        let same_prompt = self.usage.prompt_tokens.is_none_or(|n| n == u64::from(prediction.prompt_tokens));
+        let (cached, claimed) = (actual / blocks.block_size, prediction.cached_tokens / blocks.block_size);
+        let known = blocks.hashes.get(..cached as usize).filter(|_| same_prompt);
+        let (Some(known), Some(counters)) =
+            (known, self.upstream.rank(self.worker.rank).and_then(|r| r.counters.as_ref()))
+        else {
+            return;
+        };
+        if let Some(regained) = blocks.learner.answered(self.worker, cached, claimed) {
+            let until_ms = crate::clock::now_ms() + PREDICTED_FROM_ANSWER.as_millis() as u64;
+            blocks.index.predict(self.worker, known, until_ms);
+            counters.update(|stats| stats.regained += regained);
         }
     }
 

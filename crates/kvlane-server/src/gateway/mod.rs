@@ -33,6 +33,7 @@ use self::routes::{Route, route};
 use crate::audit::{Auditor, Case, Cause, Evidence, Witness};
 use crate::explain::Ring;
 use crate::fleet::Fleet;
+use crate::ingest::Learner;
 use crate::metrics::Metrics;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -64,6 +65,8 @@ pub(crate) struct PromptBlocks {
     pub hashes: Arc<[BlockHash]>,
     /// Tokens in each.
     pub block_size: u32,
+    /// Takes note of what requests and answers say about ranks that are being learnt.
+    pub learner: Learner,
 }
 
 /// What the scheduler's one lock guards.

@@ -275,6 +275,7 @@ fn predict(plan: &Plan, offer: &Offer) {
     let ttl = if offer.events { PREDICTED_UNTIL_EVENT } else { PREDICTED_WITHOUT_EVENTS };
     let until_ms = crate::clock::now_ms() + ttl.as_millis() as u64;
     blocks.index.predict(offer.worker, &blocks.hashes, until_ms);
+    blocks.learner.request(offer.worker, &blocks.hashes);
 }
 
 impl Plan {
@@ -454,6 +455,7 @@ fn prompt_blocks(
         index: partition.index.clone(),
         hashes: hashes.into(),
         block_size: partition.block_size.tokens(),
+        learner: partition.lane.learner.clone(),
     })
 }
 

@@ -179,7 +179,15 @@ impl Gateway {
                         "cleared": stats.cleared_events,
                         "gaps": stats.gaps,
                         "restarts": stats.restarts,
-                        "dropped": stats.drops().map(|(_, n)| n).sum::<u64>(),
+                        "replays": stats.replays,
+                        "dropped": stats.drops().map(|(reason, n)| (reason.name(), n)).collect::<BTreeMap<_, _>>(),
+                        "blocks": stats.applied.by_status().into_iter().collect::<BTreeMap<_, _>>(),
+                        "regained_blocks": {
+                            "memory": stats.regained.memory,
+                            "alike": stats.regained.alike,
+                            "request": stats.regained.request,
+                            "answer": stats.regained.answer,
+                        },
                         "lag_s": stats.lag_s,
                         "heard_s_ago": stats.heard.map(|at| at.elapsed().as_secs_f64()),
                     });

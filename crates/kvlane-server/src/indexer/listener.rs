@@ -99,6 +99,7 @@ impl Listener {
                 block_size: partition.block_size,
                 topic: None,
                 replay: publisher.replay.is_some(),
+                snapshots: false,
                 limits: Limits::default(),
             },
             scheme: partition.scheme,

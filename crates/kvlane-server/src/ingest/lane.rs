@@ -3,9 +3,11 @@
 //! Events of a worker and the news of its death come through the same lane, so a late event never revives what a death cleared.
 //! The writer is a thread of its own, not a task: applying a large batch takes milliseconds, in which a task would hold up requests.
 
+use super::learner::Learner;
 use super::stats::RankCounters;
 use super::weighed::{Closed, Sender, weighed};
 use crate::clock;
+use kvlane_events::rebuild::Regained;
 use kvlane_index::{Applied, Index, IndexConfig, IndexWriter, KvEvent, Worker};
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,12 +16,23 @@ use tokio::sync::oneshot;
 /// Blocks (and events) that may wait for the writer.
 const LANE_BLOCKS: u32 = 1 << 18;
 
+/// What happened to one rank, in order.
+#[derive(Debug)]
+pub(crate) enum Change {
+    /// The engine said so.
+    Event(KvEvent),
+    /// Nothing is known of it any more. `restarted`: its names may mean something else from now on.
+    Fence { restarted: bool },
+    /// All that it holds is known.
+    Complete,
+}
+
 /// Something for the writer to do.
 pub(crate) enum Work {
     /// Events of one worker, in order.
     Apply {
         worker: Worker,
-        events: Vec<KvEvent>,
+        changes: Vec<Change>,
         counters: Arc<RankCounters>,
         /// When the engine published the last of them (Unix seconds), if it says.
         published_s: Option<f64>,
@@ -36,6 +49,7 @@ pub(crate) enum Work {
 #[derive(Clone)]
 pub(crate) struct Lane {
     sender: Sender<Work>,
+    pub(crate) learner: Learner,
 }
 
 impl std::fmt::Debug for Lane {
@@ -49,22 +63,23 @@ impl Lane {
     pub(crate) fn open(config: IndexConfig) -> (Self, Index) {
         let (mut writer, index) = kvlane_index::partition(config);
         let (sender, mut receiver) = weighed(LANE_BLOCKS);
-        let for_predictions = index.clone();
+        let (for_predictions, learner) = (index.clone(), Learner::new());
+        let by_writer = learner.clone();
         std::thread::Builder::new()
             .name("kvlane-index".to_owned())
             .spawn(move || {
                 while let Some(work) = receiver.blocking_recv() {
-                    carry_out(&mut writer, &for_predictions, work);
+                    carry_out(&mut writer, &for_predictions, &by_writer, work);
                 }
             })
             .expect("a thread for each partition: the system has none left");
-        (Self { sender }, index)
+        (Self { sender, learner }, index)
     }
 
     /// Queues work, waiting while the lane is full.
     pub(crate) async fn send(&self, work: Work) -> Result<(), Closed> {
         let weight = match &work {
-            Work::Apply { events, .. } => events.iter().map(weight).sum(),
+            Work::Apply { changes, .. } => changes.iter().map(weight).sum(),
             Work::Remove(_) | Work::Barrier(_) => 1,
         };
         self.sender.send(work, weight).await
@@ -84,26 +99,44 @@ impl Lane {
     }
 }
 
-fn weight(event: &KvEvent) -> usize {
-    1 + match event {
-        KvEvent::Stored { blocks, .. } => blocks.len(),
-        KvEvent::StoredByHash { hashes, .. } | KvEvent::Removed { hashes, .. } => hashes.len(),
-        KvEvent::Cleared { .. } => 0,
+fn weight(change: &Change) -> usize {
+    1 + match change {
+        Change::Event(KvEvent::Stored { blocks, .. }) => blocks.len(),
+        Change::Event(KvEvent::StoredByHash { hashes, .. } | KvEvent::Removed { hashes, .. }) => hashes.len(),
+        Change::Event(KvEvent::Cleared { .. }) | Change::Fence { .. } | Change::Complete => 0,
     }
 }
 
-fn carry_out(writer: &mut IndexWriter, index: &Index, work: Work) {
+fn carry_out(writer: &mut IndexWriter, index: &Index, learner: &Learner, work: Work) {
     match work {
-        Work::Apply { worker, events, counters, published_s, queued } => {
-            let mut sum = Applied::default();
+        Work::Apply { worker, changes, counters, published_s, queued } => {
             let mut kinds = [0u64; 3];
+            for change in &changes {
+                match change {
+                    Change::Event(KvEvent::Stored { .. } | KvEvent::StoredByHash { .. }) => kinds[0] += 1,
+                    Change::Event(KvEvent::Removed { .. }) => kinds[1] += 1,
+                    Change::Event(KvEvent::Cleared { .. }) => kinds[2] += 1,
+                    Change::Fence { .. } | Change::Complete => {}
+                }
+            }
+            let mut events = Vec::with_capacity(changes.len());
+            let regained = learner.with(|rebuild| {
+                let mut regained = Regained::default();
+                for change in changes {
+                    match change {
+                        Change::Event(event) => regained += rebuild.event(worker, event, &mut events),
+                        Change::Fence { restarted } => {
+                            rebuild.fence(worker, restarted);
+                            events.push(KvEvent::Cleared { tier: None });
+                        }
+                        Change::Complete => rebuild.complete(worker),
+                    }
+                }
+                regained
+            });
+            let mut sum = Applied::default();
             for event in &events {
                 sum += writer.apply(worker, event);
-                kinds[match event {
-                    KvEvent::Stored { .. } | KvEvent::StoredByHash { .. } => 0,
-                    KvEvent::Removed { .. } => 1,
-                    KvEvent::Cleared { .. } => 2,
-                }] += 1;
                 if matches!(event, KvEvent::Cleared { tier: None }) {
                     index.forget_predictions(worker);
                 }
@@ -113,6 +146,7 @@ fn carry_out(writer: &mut IndexWriter, index: &Index, work: Work) {
                 stats.removed_events += kinds[1];
                 stats.cleared_events += kinds[2];
                 stats.applied.add(&sum);
+                stats.regained += regained;
                 stats.queue_wait = queued.elapsed();
                 if let Some(published_s) = published_s {
                     stats.lag_s = Some((clock::unix_s() - published_s).max(0.0));
@@ -120,6 +154,7 @@ fn carry_out(writer: &mut IndexWriter, index: &Index, work: Work) {
             });
         }
         Work::Remove(worker) => {
+            learner.with(|rebuild| rebuild.forget(worker));
             let _ = writer.remove_worker(worker);
             index.forget_predictions(worker);
         }

@@ -3,13 +3,14 @@
 //! ```text
 //! PUB, ROUTER ─▶ zmtp ─▶ socket: a task per connection ─▶ publisher: kvlane_events::stream, a task per rank
 //!                                                              ▼
-//!                                      lane: one for each partition, bounded ─▶ its one writer thread ─▶ index
+//!                                      lane: one for each partition, bounded ─▶ its one writer thread ─▶ rebuild ─▶ index
 //! ```
 //!
 //! Nothing between a socket and the index drops: a full queue makes its sender wait, up to the TCP connection, where the engine's own
 //! queue fills and at last drops, which shows as a hole in the sequence and is repaired by a replay.
 
 mod lane;
+mod learner;
 mod publisher;
 mod socket;
 mod stats;
@@ -18,6 +19,7 @@ mod weighed;
 pub(crate) mod zmtp;
 
 pub(crate) use lane::{Lane, Work};
+pub(crate) use learner::Learner;
 pub(crate) use publisher::{Following, Report, follow};
 pub(crate) use stats::RankCounters;
 pub use stats::{AppliedTotals, RankStats};

@@ -1,6 +1,6 @@
 //! Follows one rank's publisher: sockets and clock into `kvlane_events::stream`, its actions out into the lane.
 
-use super::lane::{Lane, Work};
+use super::lane::{Change, Lane, Work};
 use super::socket::{self, Heard, OwnedTask, Replayed};
 use super::stats::RankCounters;
 use super::weighed::{Closed, Receiver};
@@ -9,8 +9,8 @@ use crate::clock;
 use crate::fleet::{Publisher, Trust};
 use kvlane_events::stream::{Action, Counters, Fault, Input, State, Stream, StreamConfig};
 use kvlane_events::wire::DropReason;
+use kvlane_index::Worker;
 use kvlane_index::hash::Scheme;
-use kvlane_index::{KvEvent, Worker};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -55,7 +55,8 @@ pub(crate) async fn follow(task: Following, report: impl Report) {
         counters,
         report,
         actions: Vec::new(),
-        events: Vec::new(),
+        // Nothing is known of the worker's earlier lives.
+        changes: vec![Change::Fence { restarted: true }],
         lost: None,
         counted: Counters::default(),
         replay: None,
@@ -123,8 +124,8 @@ struct Rank<R> {
     counters: Arc<RankCounters>,
     report: R,
     actions: Vec<Action>,
-    /// Events not in the lane yet.
-    events: Vec<KvEvent>,
+    /// Not in the lane yet.
+    changes: Vec<Change>,
     /// Why the last connection ended or could not be made.
     lost: Option<String>,
     /// The stream's counters as far as they are in `counters`, which outlive the stream.
@@ -199,9 +200,9 @@ impl<R: Report> Rank<R> {
         self.stream.handle(input, clock::now_ms(), &mut actions);
         for action in actions.drain(..) {
             match action {
-                Action::Apply(event) => self.events.push(event),
-                Action::Reset { .. } => {
-                    self.events.push(KvEvent::Cleared { tier: None });
+                Action::Apply(event) => self.changes.push(Change::Event(event)),
+                Action::Reset { restarted, .. } => {
+                    self.changes.push(Change::Fence { restarted });
                     self.counters.update(|stats| stats.epoch += 1);
                 }
                 Action::RequestReplay { attempt, from_seq } => {
@@ -211,7 +212,14 @@ impl<R: Report> Rank<R> {
                         (self.replay, self.replay_task) = (Some(receiver), Some(task));
                     }
                 }
-                Action::StateChanged(state) => self.tell(state),
+                // No snapshots are offered here yet, so none is asked for.
+                Action::RequestSnapshot { .. } | Action::AdoptSnapshot | Action::DropSnapshot => {}
+                Action::StateChanged(state) => {
+                    if state == State::Live {
+                        self.changes.push(Change::Complete);
+                    }
+                    self.tell(state);
+                }
                 Action::Dropped(reason) => {
                     let at = DropReason::ALL.iter().position(|r| *r == reason);
                     self.counters.update(|stats| {
@@ -237,7 +245,7 @@ impl<R: Report> Rank<R> {
             State::Live => Trust::Live,
             State::Replaying => Trust::Replaying,
             State::Rebuilding if self.stream.next_seq().is_none() => {
-                Trust::Rebuilding("it has published nothing since it was asked".to_owned())
+                Trust::Rebuilding("nothing was published yet, and there is no replay to say so".to_owned())
             }
             State::Rebuilding => Trust::Rebuilding("what was published before is not known".to_owned()),
             State::Blind => Trust::Blind(lost()),
@@ -267,12 +275,12 @@ impl<R: Report> Rank<R> {
             stats.restarts += seen.restarts - before.restarts;
             stats.unknown_media += seen.unknown_media - before.unknown_media;
         });
-        if self.events.is_empty() {
+        if self.changes.is_empty() {
             return Ok(());
         }
         let work = Work::Apply {
             worker: self.worker,
-            events: std::mem::take(&mut self.events),
+            changes: std::mem::take(&mut self.changes),
             counters: Arc::clone(&self.counters),
             published_s: self.stream.last_ts_s(),
             queued: Instant::now(),

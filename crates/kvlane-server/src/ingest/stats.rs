@@ -1,5 +1,6 @@
 //! What ingest has counted for one rank.
 
+use kvlane_events::rebuild::Regained;
 use kvlane_events::wire::DropReason;
 use kvlane_index::Applied;
 use std::sync::{Mutex, PoisonError};
@@ -38,10 +39,12 @@ pub struct RankStats {
     pub stored_events: u64,
     /// Removed events applied.
     pub removed_events: u64,
-    /// Clears applied, those of fences included.
+    /// Clears applied, those of fences (see `epoch`) not included.
     pub cleared_events: u64,
     /// What they did to the index, in blocks.
     pub applied: AppliedTotals,
+    /// Blocks that a fence had made unknown and whose place was learnt otherwise.
+    pub regained: Regained,
     /// From the engine's publishing of the last applied batch to its being in the index, by both machines' clocks: seconds.
     pub lag_s: Option<f64>,
     /// Time that the last applied batch waited for the writer.

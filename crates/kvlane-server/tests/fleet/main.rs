@@ -2,6 +2,7 @@
 
 mod captures;
 mod doctor;
+mod rebuild;
 mod support;
 
 use axum::http::StatusCode;
@@ -310,7 +311,7 @@ async fn garbage_on_one_publisher_leaves_the_others_alone() {
     let (http, mut rank) = publishing_vllm("m", 4).await;
     let (other, mut other_rank) = publishing_vllm("m", 4).await;
     let running = Running::start(&[http.url(), other.url()]);
-    running.until("both are asked", |v| v.instances.iter().all(|i| trusts(i, "rebuilding"))).await;
+    running.until("both are asked", |v| v.instances.iter().all(|i| trusts(i, "live"))).await;
     for seq in 0..50u64 {
         rank.send(vec![b"kv".to_vec(), seq.to_be_bytes().to_vec(), vec![0xc1; 7]]).await;
         rank.send(vec![b"kv".to_vec(), vec![1, 2, 3], vec![0x93]]).await;
