@@ -7,6 +7,7 @@
 use std::sync::atomic::Ordering::*;
 
 use super::Tree;
+use super::runs::Meta;
 use super::shared::{Class, NONE, Part, SetKind, list, set_kind};
 use super::words::class_of;
 
@@ -17,6 +18,13 @@ pub(super) enum Cover {
     Full,
     /// The item's number in the part list, and the item.
     Part(u32, Part),
+}
+
+impl Cover {
+    /// Whether it has no holes: with a block, it has those before it.
+    pub(super) fn is_beginning(self) -> bool {
+        !matches!(self, Self::Part(_, Part { bitmap: true, .. }))
+    }
 }
 
 /// Sets or clears bits `from..to`.
@@ -188,6 +196,16 @@ impl Tree {
         }
     }
 
+    /// The first block at or after `from`, and before `to`, that is covered; `to` if there is none.
+    pub(super) fn first_covered(&self, cover: Cover, from: u32, to: u32) -> u32 {
+        match cover {
+            Cover::None => to,
+            Cover::Part(_, Part { bitmap: false, value, .. }) if value <= from => to,
+            Cover::Full | Cover::Part(_, Part { bitmap: false, .. }) => from,
+            Cover::Part(..) => (from..to).find(|&at| self.covers(cover, at)).unwrap_or(to),
+        }
+    }
+
     #[inline]
     pub(super) fn holds(&self, run: u32, at: u32, rank: u32, class: Class) -> bool {
         self.covers(self.cover(run, rank, class), at)
@@ -342,6 +360,17 @@ impl Tree {
             }
         }
         self.dying.push(run);
+    }
+
+    /// Whether a run is there only because a rank holds all of it.
+    pub(super) fn is_all_of(&self, run: u32, rank: u32) -> bool {
+        let Meta { kids, full, .. } = self.metas[run as usize];
+        self.len(run) > 0
+            && kids == 0
+            && full == 1
+            && self.word(run, 6) == 0
+            && self.word(run, 7) == 0
+            && self.in_full(run, rank)
     }
 
     /// A rank loses all that it has in a run, predictions included.

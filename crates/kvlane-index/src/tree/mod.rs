@@ -19,6 +19,7 @@ mod lookup;
 mod names;
 mod orphans;
 mod predict;
+mod prefetch;
 mod ranks;
 mod remove;
 mod run_table;
@@ -28,14 +29,14 @@ mod shed;
 mod store;
 mod words;
 
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::BinaryHeap;
 use std::sync::Arc;
 
 pub(crate) use shared::Shared;
 
 use crate::{Applied, GroupId, Held, IndexConfig, IndexStats, InstanceId, KvEvent, Worker};
 use names::Names;
-use ranks::Rank;
+use ranks::{Map, Rank};
 use run_table::RunTableWriter;
 use runs::{Engines, Meta, Pages};
 use words::Slab;
@@ -53,7 +54,7 @@ pub(crate) struct Tree {
     table: RunTableWriter,
     names: Names,
     ranks: Vec<Option<Box<Rank>>>,
-    by_worker: HashMap<Worker, u32>,
+    by_worker: Map<Worker, u32>,
     groups: Vec<GroupId>,
     triples: u32,
     /// Runs that may have lost their last holder, looked at when the event is done.
@@ -64,6 +65,8 @@ pub(crate) struct Tree {
     clock: u32,
     /// Scratch of `store`.
     prefixes: Vec<u64>,
+    /// Hashes of the names of a stretch, scratch as well.
+    hashes: Vec<u64>,
 }
 
 impl Tree {
@@ -79,13 +82,14 @@ impl Tree {
             table: RunTableWriter::new(),
             names: Names::new(),
             ranks: Vec::new(),
-            by_worker: HashMap::new(),
+            by_worker: Map::default(),
             groups: vec![GroupId(0)],
             triples: 0,
             dying: Vec::new(),
             deadlines: BinaryHeap::new(),
             clock: 0,
             prefixes: Vec::new(),
+            hashes: Vec::new(),
         }
     }
 

@@ -229,8 +229,13 @@ impl Tree {
     /// Forgets a rank with all it holds; how many names (by class) that were.
     pub(super) fn clear_rank(&mut self, rank: u32) -> u32 {
         let runs = std::mem::take(&mut self.rank_mut(rank).runs);
-        for run in runs {
-            self.drop_all(run, rank);
+        // The last first: what follows a run was mostly stored after it.
+        for run in runs.into_iter().rev() {
+            if self.is_all_of(run, rank) {
+                self.free_run(run);
+            } else {
+                self.drop_all(run, rank);
+            }
         }
         let gone = self.ranks[rank as usize].take().expect("a rank index is in use");
         self.by_worker.remove(&gone.worker);

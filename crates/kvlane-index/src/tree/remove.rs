@@ -3,7 +3,8 @@
 use super::Tree;
 use super::cover::Cover;
 use super::names::spread;
-use super::shared::Class;
+use super::runs::NAMELESS;
+use super::shared::{Class, PAGE};
 use super::store::Known;
 use crate::{Applied, EngineHash, Tier};
 
@@ -13,14 +14,17 @@ impl Tree {
             applied.unknown += hashes.len() as u32;
             return;
         }
-        if hashes.len() > 1 {
-            let warm =
-                hashes.iter().fold(0u32, |sum, name| sum.wrapping_add(self.names.warm(spread(name.0))));
-            std::hint::black_box(warm);
-        }
         let mut rest = hashes;
+        let mut scattered = false;
         while let Some(first) = rest.first() {
             let gone = self.remove_stretch(rank, class, rest);
+            if gone < rest.len() && !scattered {
+                // They are looked up one by one, or almost.
+                scattered = true;
+                for name in &rest[gone..] {
+                    self.names.warm(spread(name.0));
+                }
+            }
             if gone > 0 {
                 applied.removed += gone as u32;
                 rest = &rest[gone..];
@@ -69,9 +73,26 @@ impl Tree {
         let (mut low, mut high) = (first, first);
         let mut count = 1;
         // Engines evict from the end of a prompt, so the next is mostly the one before.
-        while count < hashes.len() && low > 0 && follows(low - 1, hashes[count]) {
-            low -= 1;
-            count += 1;
+        if cover.is_beginning() && self.rank(rank).copies.is_empty() {
+            while count < hashes.len() && low > 0 {
+                let last = self.shared.block_at(word3, low - 1);
+                let here = (last % PAGE + 1).min(low);
+                let names = self.engines.stretch(last + 1 - here, here).iter().rev();
+                let same = names
+                    .zip(&hashes[count..])
+                    .take_while(|(name, gone)| **name == gone.0 && gone.0 != NAMELESS)
+                    .count();
+                low -= same as u32;
+                count += same;
+                if same < here as usize {
+                    break;
+                }
+            }
+        } else {
+            while count < hashes.len() && low > 0 && follows(low - 1, hashes[count]) {
+                low -= 1;
+                count += 1;
+            }
         }
         if count == 1 {
             while count < hashes.len() && high + 1 < len && follows(high + 1, hashes[count]) {

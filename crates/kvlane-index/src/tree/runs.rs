@@ -15,7 +15,7 @@ use super::words::class_of;
 use crate::EngineHash;
 
 /// A block without a main name; an engine that uses this very value gets aliases.
-pub(super) const NAMELESS: u64 = u64::MAX;
+pub(super) const NAMELESS: u64 = 0;
 
 /// The writer's notes on a run.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +52,19 @@ impl Engines {
         while self.chunks.len() as u32 <= block / ENGINE_CHUNK {
             self.chunks.push(vec![NAMELESS; ENGINE_CHUNK as usize].into());
         }
+    }
+
+    /// The names of neighbours in a page.
+    #[inline]
+    pub(super) fn stretch(&self, block: u32, count: u32) -> &[u64] {
+        let at = (block % ENGINE_CHUNK) as usize;
+        &self.chunks[(block / ENGINE_CHUNK) as usize][at..at + count as usize]
+    }
+
+    #[inline]
+    pub(super) fn stretch_mut(&mut self, block: u32, count: u32) -> &mut [u64] {
+        let at = (block % ENGINE_CHUNK) as usize;
+        &mut self.chunks[(block / ENGINE_CHUNK) as usize][at..at + count as usize]
     }
 
     #[inline]
@@ -337,11 +350,15 @@ impl Tree {
         page
     }
 
-    fn release_page(&mut self, page: u32) {
-        let users = &mut self.pages.users[page as usize];
-        *users -= 1;
-        if *users == 0 {
-            self.pages.free.push(page);
+    /// A run leaves the pages `from..to` of a list. The last goes first, so that they are taken again in their order.
+    fn release_pages(&mut self, list: u32, from: u32, to: u32) {
+        for at in (from..to).rev() {
+            let page = self.page(list, at);
+            let users = &mut self.pages.users[page as usize];
+            *users -= 1;
+            if *users == 0 {
+                self.pages.free.push(page);
+            }
         }
     }
 
@@ -528,19 +545,30 @@ impl Tree {
 
     fn forget_names(&mut self, run: u32, from: u32, to: u32) {
         let word3 = self.word(run, 3);
-        let blocks = (from..to).map(|at| self.shared.block_at(word3, at));
-        let warm = blocks.clone().fold(0u32, |sum, block| {
-            let name = self.engines.get(block);
-            sum.wrapping_add(if name == NAMELESS { 0 } else { self.names.warm(spread(name)) })
-        });
-        std::hint::black_box(warm);
-        for at in from..to {
-            let block = self.shared.block_at(word3, at);
-            let name = self.engines.get(block);
-            if name != NAMELESS {
-                self.names.remove(spread(name), block);
-                self.engines.set(block, NAMELESS);
+        let Self { shared, engines, names, .. } = self;
+        let stretch = |at: u32| {
+            let block = shared.block_at(word3, at);
+            (block, (PAGE - block % PAGE).min(to - at))
+        };
+        let mut warm = from;
+        let mut at = from;
+        while at < to {
+            // Two pages ahead: enough for their loads to overlap.
+            while warm < to && warm < at + 2 * PAGE {
+                let (block, count) = stretch(warm);
+                for name in engines.stretch(block, count) {
+                    names.warm(spread(*name));
+                }
+                warm += count;
             }
+            let (first, count) = stretch(at);
+            for (block, name) in (first..).zip(engines.stretch_mut(first, count)) {
+                if *name != NAMELESS {
+                    names.remove(spread(*name), block);
+                    *name = NAMELESS;
+                }
+            }
+            at += count;
         }
     }
 
@@ -550,7 +578,6 @@ impl Tree {
         let (skip, old_list) = ((word3 >> 32) as u32, word3 as u32);
         self.forget_names(run, to, len);
         let (pages, left) = (pages_of(skip, len), pages_of(skip, to));
-        let gone: Vec<u32> = (left..pages).map(|at| self.page(old_list, at)).collect();
         let mut new_list = old_list;
         if list_class(left) != list_class(pages) {
             new_list = self.take(list_class(left));
@@ -562,16 +589,16 @@ impl Tree {
         self.set_word(run, 2, self.shared.prefix_at(word3, to - 1));
         self.set_word(run, 3, u64::from(skip) << 32 | u64::from(new_list));
         self.close(run, to, set_kind(word0));
+        self.release_pages(old_list, left, pages);
         if new_list != old_list {
             self.slab.give(old_list, list_class(pages));
         }
-        for page in gone {
-            self.release_page(page);
+        if self.word(run, 6) != 0 {
+            self.promote_parts(run);
         }
-        self.promote_parts(run);
     }
 
-    fn free_run(&mut self, run: u32) {
+    pub(super) fn free_run(&mut self, run: u32) {
         let (len, word3) = (self.len(run), self.word(run, 3));
         self.forget_names(run, 0, len);
         let first = self.word(run, 1);
@@ -579,12 +606,9 @@ impl Tree {
         table.remove(&shared.table, first, run, |r| shared.header(r)[1].load(Relaxed));
         let (skip, pages_list) = ((word3 >> 32) as u32, word3 as u32);
         let count = pages_of(skip, len);
-        let pages: Vec<u32> = (0..count).map(|at| self.page(pages_list, at)).collect();
         self.open(run);
         self.close(run, 0, SetKind::INLINE);
-        for page in pages {
-            self.release_page(page);
-        }
+        self.release_pages(pages_list, 0, count);
         self.slab.give(pages_list, list_class(count));
         let Meta { parent, next, .. } = self.metas[run as usize];
         if parent != NONE {
@@ -605,13 +629,11 @@ impl Tree {
         if name.0 == NAMELESS || self.engines.get(block) != NAMELESS {
             return false;
         }
-        let hash = spread(name.0);
-        if self.names.find(hash, |b| self.engines.get(b) == name.0).is_some() {
+        let Self { names, engines, .. } = self;
+        if names.enter(name.0, spread(name.0), block, |b| engines.get(b)) != NONE {
             return false;
         }
-        self.engines.set(block, name.0);
-        let engines = &self.engines;
-        self.names.insert(hash, block, |b| spread(engines.get(b)));
+        engines.set(block, name.0);
         true
     }
 }

@@ -5,12 +5,11 @@
 //! [`reference`](crate::reference).
 
 use super::Tree;
-use super::cover::Cover;
 use super::names::spread;
 use super::orphans::Fate;
 use super::ranks::Twin;
 use super::runs::{NAMELESS, Segment};
-use super::shared::{Class, NONE};
+use super::shared::{Class, NONE, PAGE};
 use crate::reference::MAX_COPIES;
 use crate::{Applied, BlockHash, EngineHash, StoredBlock};
 
@@ -295,11 +294,6 @@ impl Tree {
             applied.refused += blocks.len() as u32;
             return;
         }
-        if blocks.len() > 1 {
-            let warm =
-                blocks.iter().fold(0u32, |sum, b| sum.wrapping_add(self.names.warm(spread(b.engine.0))));
-            std::hint::black_box(warm);
-        }
         let mut rest = blocks;
         let mut after = match parent {
             None => NONE,
@@ -370,21 +364,59 @@ impl Tree {
         let word3 = self.word(segment.run, 3);
         self.rank_mut(rank).shown(class).names += blocks.len() as u64;
         applied.stored += blocks.len() as u32;
-        for (at, stored) in (segment.from..).zip(blocks) {
-            let block = self.shared.block_at(word3, at);
-            let name = stored.engine.0;
-            if !self.rank(rank).aliases.is_empty() || !self.give_main_name(block, stored.engine) {
-                // The name means something already, here or at another rank.
-                if let Known::At(old) = self.known(rank, name) {
-                    applied.rebound += 1;
-                    self.forget(rank, name, old);
-                }
-                if !self.give_main_name(block, stored.engine) {
-                    let state = self.rank_mut(rank);
-                    state.aliases.insert(name, block);
-                    state.set_aliased(block, true);
+        let mut hashes = std::mem::take(&mut self.hashes);
+        hashes.clear();
+        hashes.extend(blocks.iter().map(|stored| {
+            let hash = spread(stored.engine.0);
+            self.names.warm(hash);
+            hash
+        }));
+        let mut done = 0;
+        while done < blocks.len() {
+            let first = self.shared.block_at(word3, segment.from + done as u32);
+            let here = ((PAGE - first % PAGE) as usize).min(blocks.len() - done);
+            let (blocks, hashes) = (&blocks[done..done + here], &hashes[done..done + here]);
+            done += here;
+            let Self { engines, names, ranks, .. } = self;
+            let slots = engines.stretch_mut(first, here as u32);
+            for (slot, stored) in slots.iter_mut().zip(blocks) {
+                *slot = stored.engine.0;
+            }
+            let no_aliases = ranks[rank as usize].as_ref().is_some_and(|state| state.aliases.is_empty());
+            let mut entered = 0;
+            if no_aliases {
+                for (stored, &hash) in blocks.iter().zip(hashes) {
+                    let (name, block) = (stored.engine.0, first + entered);
+                    if name == NAMELESS || names.enter(name, hash, block, |b| engines.get(b)) != NONE {
+                        break;
+                    }
+                    entered += 1;
                 }
             }
+            if entered == here as u32 {
+                continue;
+            }
+            engines.stretch_mut(first + entered, here as u32 - entered).fill(NAMELESS);
+            for (block, stored) in (first..).zip(blocks).skip(entered as usize) {
+                if !(self.rank(rank).aliases.is_empty() && self.give_main_name(block, stored.engine)) {
+                    self.name_one(rank, block, stored.engine, applied);
+                }
+            }
+        }
+        self.hashes = hashes;
+    }
+
+    /// Names a fresh block; the name may mean something already, here or at another rank.
+    #[cold]
+    fn name_one(&mut self, rank: u32, block: u32, engine: EngineHash, applied: &mut Applied) {
+        if let Known::At(old) = self.known(rank, engine.0) {
+            applied.rebound += 1;
+            self.forget(rank, engine.0, old);
+        }
+        if !self.give_main_name(block, engine) {
+            let state = self.rank_mut(rank);
+            state.aliases.insert(engine.0, block);
+            state.set_aliased(block, true);
         }
     }
 
@@ -404,16 +436,22 @@ impl Tree {
             // A stretch of main names in which nothing is held yet goes at once.
             let mut end = at;
             if self.rank(rank).plain() {
-                let cover = self.cover(run, rank, class);
-                while end < count {
+                let free = self.first_covered(self.cover(run, rank, class), from + at, from + count) - from;
+                while end < free {
                     let block = self.shared.block_at(word3, from + end);
-                    let name = blocks[end as usize].engine;
-                    if !(self.is_main(block, name.0) || self.give_main_name(block, name))
-                        || cover != Cover::None && self.covers(cover, from + end)
-                    {
-                        break;
+                    let here = (PAGE - block % PAGE).min(free - end);
+                    let names = self.engines.stretch(block, here).iter().zip(&blocks[end as usize..]);
+                    let same = names.take_while(|(name, stored)| {
+                        **name == stored.engine.0 && stored.engine.0 != NAMELESS
+                    });
+                    let same = same.count() as u32;
+                    end += same;
+                    if same < here {
+                        if !self.give_main_name(block + same, blocks[end as usize].engine) {
+                            break;
+                        }
+                        end += 1;
                     }
-                    end += 1;
                 }
             }
             if end > at {

@@ -21,7 +21,8 @@ struct Chunk {
 
 impl Chunk {
     fn new() -> Self {
-        let words: Box<[AtomicU64]> = std::iter::repeat_with(AtomicU64::default).take(CHUNK + LINE).collect();
+        // Zeroed by the system when it is first touched, not here.
+        let words: Box<[AtomicU64]> = bytemuck::zeroed_slice_box(CHUNK + LINE);
         let skip = words.as_ptr().align_offset(LINE * size_of::<u64>()).min(LINE);
         Self { words, skip }
     }
