@@ -297,6 +297,7 @@ impl Tree {
             }
         } else if self.may_grow(last, rank) {
             let from = self.len(last);
+            self.metas[last as usize].touched = self.clock;
             let stays_full = holds && class == Class::PRIMARY && self.metas[last as usize].full == 1;
             if !stays_full {
                 self.demote_full(last);
@@ -546,6 +547,15 @@ impl Tree {
     fn forget_names(&mut self, run: u32, from: u32, to: u32) {
         let word3 = self.word(run, 3);
         let Self { shared, engines, names, .. } = self;
+        if to - from == 1 {
+            let block = shared.block_at(word3, from);
+            let name = engines.get(block);
+            if name != NAMELESS {
+                names.remove(spread(name), block);
+                engines.set(block, NAMELESS);
+            }
+            return;
+        }
         let stretch = |at: u32| {
             let block = shared.block_at(word3, at);
             (block, (PAGE - block % PAGE).min(to - at))
@@ -578,6 +588,15 @@ impl Tree {
         let (skip, old_list) = ((word3 >> 32) as u32, word3 as u32);
         self.forget_names(run, to, len);
         let (pages, left) = (pages_of(skip, len), pages_of(skip, to));
+        if left == pages {
+            self.open(run);
+            self.set_word(run, 2, self.shared.prefix_at(word3, to - 1));
+            self.close(run, to, set_kind(word0));
+            if self.word(run, 6) != 0 {
+                self.promote_parts(run);
+            }
+            return;
+        }
         let mut new_list = old_list;
         if list_class(left) != list_class(pages) {
             new_list = self.take(list_class(left));

@@ -8,8 +8,8 @@ use super::Tree;
 use super::names::spread;
 use super::orphans::Fate;
 use super::ranks::Twin;
-use super::runs::{NAMELESS, Segment};
-use super::shared::{Class, NONE, PAGE};
+use super::runs::{Meta, NAMELESS, Segment};
+use super::shared::{Class, MAX_RUN, NONE, PAGE, length, set_kind};
 use crate::reference::MAX_COPIES;
 use crate::{Applied, BlockHash, EngineHash, StoredBlock};
 
@@ -287,6 +287,13 @@ impl Tree {
         blocks: &[StoredBlock],
         applied: &mut Applied,
     ) {
+        if let ([stored], Some(parent)) = (blocks, parent)
+            && class == Class::PRIMARY
+            && self.store_next(rank, parent, *stored)
+        {
+            applied.stored += 1;
+            return;
+        }
         if blocks.is_empty() {
             return;
         }
@@ -350,6 +357,42 @@ impl Tree {
             depth += segment.count;
         }
         self.prefixes = prefixes;
+    }
+
+    /// What a decoding engine says most: one block more, after the last one of a run that this rank alone holds, in the same
+    /// page. False if it is anything else; then nothing was changed.
+    fn store_next(&mut self, rank: u32, parent: EngineHash, stored: StoredBlock) -> bool {
+        let name = stored.engine.0;
+        if parent.0 == NAMELESS || name == NAMELESS || !self.rank(rank).plain() {
+            return false;
+        }
+        let hash = spread(name);
+        self.names.warm(hash);
+        let Some(last) = self.main_block(parent.0) else { return false };
+        let block = last + 1;
+        let (run, at) = self.locate(last);
+        let Meta { kids, full, depth, .. } = self.metas[run as usize];
+        if block.is_multiple_of(PAGE) || kids > 0 || full != 1 {
+            return false;
+        }
+        let (word0, before) = (self.word(run, 0), self.word(run, 2));
+        let len = length(word0);
+        if at + 1 != len || len >= MAX_RUN || !self.in_full(run, rank) {
+            return false;
+        }
+        let Self { names, engines, .. } = self;
+        if names.enter(name, hash, block, |b| engines.get(b)) != NONE {
+            return false;
+        }
+        engines.set(block, name);
+        let prefix = self.shared.hasher.next(before, stored.block, depth + len);
+        self.shared.prefixes.set(block, prefix);
+        self.open(run);
+        self.set_word(run, 2, prefix);
+        self.close(run, len + 1, set_kind(word0));
+        self.metas[run as usize].touched = self.clock;
+        self.rank_mut(rank).shown(Class::PRIMARY).names += 1;
+        true
     }
 
     /// Names the blocks of a stretch that was made, and is held, a moment ago.
