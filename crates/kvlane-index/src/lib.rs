@@ -76,7 +76,7 @@ pub use config::{Held, IndexConfig, IndexStats};
 pub use event::{BlockHash, EngineHash, Group, GroupId, GroupKind, KvEvent, StoredBlock};
 pub use hash::BlockSize;
 pub use ids::{InstanceId, Worker};
-pub use overlaps::{Overlap, Overlaps};
+pub use overlaps::{DepthGroup, DepthGroups, Overlap, Overlaps};
 pub use partition::{HashedPrompt, Index, IndexWriter, partition};
 pub use reference::MAX_COPIES;
 pub use tier::Tier;

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use crate::hash::{Namespace, prompt_hashes_in_stretches};
 use crate::tree::{Shared, Tree};
 use crate::{
-    Applied, BlockHash, BlockSize, Held, IndexConfig, IndexStats, InstanceId, KvEvent, Overlaps, Worker,
+    Applied, BlockHash, BlockSize, DepthGroups, Held, IndexConfig, IndexStats, InstanceId, KvEvent, Overlaps,
+    Worker,
 };
 
 /// Makes the writer and the first reader of an empty partition: one model family and one block size.
@@ -62,9 +63,9 @@ pub struct IndexWriter {
 ///
 /// # Consistency
 ///
-/// [`overlap`](Self::overlap) takes no lock, waits for nobody and writes nothing that is shared. It sees every event
-/// whose `apply` returned, and every prediction whose `predict` returned, before the call began; it may see some of what
-/// is applied while it runs. Its answer was true at one moment during the call, or, when the runs that the prompt goes through keep
+/// [`overlap`](Self::overlap) and [`depth_groups`](Self::depth_groups) take no lock, wait for nobody and write nothing that is shared. They see every event
+/// whose `apply` returned, and every prediction whose `predict` returned, before the call began; they may see some of what
+/// is applied while they run. The answer was true at one moment during the call, or, when the runs that the prompt goes through keep
 /// changing under it, is less than that; it is never more.
 ///
 /// The other calls wait for the event that is being applied, and hold up the next one.
@@ -135,6 +136,22 @@ impl Index {
             self.shared.overlap_hashed(&prompt.prefixes, out);
         } else {
             self.shared.overlap(&prompt.blocks, out);
+        }
+    }
+
+    /// Who holds the beginning of `prompt`, as sets of workers, into `out` (which is emptied first).
+    ///
+    /// The answer of [`overlap`](Self::overlap), with the same guarantees, at a cost that hardly grows with the number of workers.
+    pub fn depth_groups(&self, prompt: &[BlockHash], out: &mut DepthGroups) {
+        self.shared.depth_groups(prompt, out);
+    }
+
+    /// [`depth_groups`](Self::depth_groups) of a prompt hashed for this partition, as in [`overlap_hashed`](Self::overlap_hashed).
+    pub fn depth_groups_hashed(&self, prompt: &HashedPrompt, out: &mut DepthGroups) {
+        if prompt.root == self.shared.hasher().root() {
+            self.shared.depth_groups_hashed(&prompt.prefixes, out);
+        } else {
+            self.shared.depth_groups(&prompt.blocks, out);
         }
     }
 

@@ -11,8 +11,9 @@
 //!
 //! Contents: [`words`] memory for readers; [`shared`] layout and protocol; [`run_table`], [`names`] the two tables;
 //! [`runs`] life of runs; [`cover`] who holds what of a run; [`ranks`] the workers; [`store`], [`remove`],
-//! [`orphans`], [`predict`], [`dump`], [`shed`] the operations; [`lookup`] the queries.
+//! [`orphans`], [`predict`], [`dump`], [`shed`] the operations; [`lookup`], [`prompt`], [`aside`] the queries.
 
+mod aside;
 mod cover;
 mod dump;
 mod lookup;
@@ -20,6 +21,7 @@ mod names;
 mod orphans;
 mod predict;
 mod prefetch;
+mod prompt;
 mod ranks;
 mod remove;
 mod run_table;

@@ -108,8 +108,10 @@ impl Rank {
         }
     }
 
-    fn complex(&self) -> bool {
-        self.classes.iter().any(|c| c.class != Class::PRIMARY || c.kind != GroupKind::Full)
+    /// Whether the device tier has shown another group than group 0 with full attention.
+    fn hybrid(&self) -> bool {
+        let plain = |c: &Shown| c.class == Class::PRIMARY && c.kind == GroupKind::Full;
+        self.classes.iter().any(|c| c.class.tier() == Tier::Device && !plain(c))
     }
 
     pub(super) fn bytes(&self) -> u64 {
@@ -211,7 +213,7 @@ impl Tree {
         let mut listed: Vec<Listed> = self
             .by_worker
             .iter()
-            .map(|(&worker, &index)| Listed { worker, complex: self.rank(index).complex(), index })
+            .map(|(&worker, &index)| Listed { worker, hybrid: self.rank(index).hybrid(), index })
             .collect();
         listed.sort_unstable_by_key(|l| l.worker);
         self.shared.directory.publish(&listed, |index| self.rank(index).kinds);

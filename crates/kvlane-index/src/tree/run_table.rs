@@ -22,15 +22,10 @@ struct Sub {
     arrays: [OnceLock<Box<[AtomicU64]>>; GENERATIONS],
 }
 
-/// Prefix hash of a first block → run.
+/// Prefix hash of a first block → run. The hash is mixed already, under the partition's key, so its bits choose the place.
 #[derive(Debug)]
 pub(super) struct RunTable {
     subs: Box<[Sub]>,
-}
-
-fn spread(key: u64) -> u64 {
-    let x = (key ^ (key >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
-    x ^ (x >> 32)
 }
 
 fn entry(hash: u64, run: u32) -> u64 {
@@ -59,7 +54,7 @@ impl RunTable {
     /// Calls `check` on each run that may begin with `key` until it returns `Some`.
     #[inline]
     pub(super) fn find<T>(&self, key: u64, mut check: impl FnMut(u32) -> Option<T>) -> Option<T> {
-        let hash = spread(key);
+        let hash = key;
         let sub = self.sub(hash);
         for _ in 0..MAX_LOOKS {
             let version = sub.version.load(Acquire);
@@ -101,7 +96,7 @@ impl RunTableWriter {
 
     /// Enters a run; `key_of` names the key of any run in the table.
     pub(super) fn insert(&mut self, table: &RunTable, key: u64, run: u32, key_of: impl Fn(u32) -> u64) {
-        let hash = spread(key);
+        let hash = key;
         let index = (hash >> (64 - SUB_BITS)) as usize;
         let sub = &table.subs[index];
         self.live[index] += 1;
@@ -112,7 +107,7 @@ impl RunTableWriter {
             for word in old {
                 let word = word.load(Relaxed);
                 if word != 0 {
-                    put(&array, spread(key_of(word as u32 - 1)), word);
+                    put(&array, key_of(word as u32 - 1), word);
                 }
             }
             if sub.arrays[generation as usize].set(array).is_err() {
@@ -124,7 +119,7 @@ impl RunTableWriter {
     }
 
     pub(super) fn remove(&mut self, table: &RunTable, key: u64, run: u32, key_of: impl Fn(u32) -> u64) {
-        let hash = spread(key);
+        let hash = key;
         let index = (hash >> (64 - SUB_BITS)) as usize;
         let sub = &table.subs[index];
         let array = sub.array();
@@ -149,7 +144,7 @@ impl RunTableWriter {
             if word == 0 {
                 break;
             }
-            let home = (spread(key_of(word as u32 - 1)) >> 20) as usize & mask;
+            let home = (key_of(word as u32 - 1) >> 20) as usize & mask;
             // Move back only what does not thereby come before its home.
             if at.wrapping_sub(home) & mask >= at.wrapping_sub(hole) & mask {
                 array[hole].store(word, Relaxed);

@@ -140,9 +140,9 @@ pub(super) fn decode_kind(word: u64) -> (Class, GroupKind) {
     (Class((word >> 48) as u32 & 0x7ff), kind)
 }
 
-/// The ranks in the order of their workers: two words each, instance; DP rank (32), complex (1), index (31).
+/// The ranks in the order of their workers: two words each, instance; DP rank (32), hybrid (1), index (31). The same by index.
 ///
-/// A *complex* rank holds more than group 0, with full attention, of the device tier: its overlap is worked out class by class.
+/// A *hybrid* rank has shown another group of the device tier than group 0 with full attention: its hits are not depths in the runs' sets.
 #[derive(Debug)]
 pub(super) struct Directory {
     /// Odd while the directory changes.
@@ -150,8 +150,10 @@ pub(super) struct Directory {
     ranks: AtomicU32,
     /// One past the largest index in use.
     bits: AtomicU32,
-    complex: AtomicU32,
+    hybrid: AtomicU32,
     order: Words,
+    /// For each rank index, its two words.
+    by_index: Words,
     /// For each rank index: list of kinds, in the slab (as a list word).
     kinds: Words,
 }
@@ -160,7 +162,7 @@ pub(super) struct Directory {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Listed {
     pub(super) worker: Worker,
-    pub(super) complex: bool,
+    pub(super) hybrid: bool,
     pub(super) index: u32,
 }
 
@@ -172,7 +174,8 @@ impl Directory {
             version: AtomicU64::new(0),
             ranks: AtomicU32::new(0),
             bits: AtomicU32::new(0),
-            complex: AtomicU32::new(0),
+            hybrid: AtomicU32::new(0),
+            by_index: Words::new((2 * MAX_RANKS as usize).div_ceil(1 << super::words::CHUNK_BITS)),
             order,
             kinds,
         }
@@ -195,8 +198,8 @@ impl Directory {
     }
 
     #[inline]
-    pub(super) fn has_complex(&self) -> bool {
-        self.complex.load(Relaxed) > 0
+    pub(super) fn has_hybrid(&self) -> bool {
+        self.hybrid.load(Relaxed) > 0
     }
 
     pub(super) fn kinds_of(&self, index: u32) -> u64 {
@@ -211,10 +214,23 @@ impl Directory {
             let (instance, rest) = (pair[0].load(Relaxed), pair[1].load(Relaxed));
             Listed {
                 worker: Worker::new(instance, (rest >> 32) as u32),
-                complex: rest >> 31 & 1 == 1,
+                hybrid: rest >> 31 & 1 == 1,
                 index: rest as u32 & 0x7fff_ffff,
             }
         })
+    }
+
+    /// The worker with an index; any worker, if the index is not in use.
+    #[inline]
+    pub(super) fn worker(&self, index: u32) -> Worker {
+        let words = self.by_index.from(index.wrapping_mul(2));
+        let word = |at: usize| words.get(at).map_or(0, |word| word.load(Relaxed));
+        Worker::new(word(0), (word(1) >> 32) as u32)
+    }
+
+    /// The workers by index; any worker where the index is not in use.
+    pub(super) fn workers(&self) -> impl Iterator<Item = Worker> {
+        (0..self.bits()).map(|index| self.worker(index))
     }
 
     /// The writer replaces the whole directory.
@@ -223,17 +239,20 @@ impl Directory {
         self.version.store(version + 1, Relaxed);
         fence(Release);
         self.order.reach(0);
+        self.by_index.reach(0);
         self.kinds.reach(0);
         for (at, listed) in (0u32..).zip(ranks) {
-            let Listed { worker, complex, index } = *listed;
-            self.order.set(2 * at, worker.instance.0);
-            self.order
-                .set(2 * at + 1, u64::from(worker.rank) << 32 | u64::from(complex) << 31 | u64::from(index));
+            let Listed { worker, hybrid, index } = *listed;
+            let rest = u64::from(worker.rank) << 32 | u64::from(hybrid) << 31 | u64::from(index);
+            for (words, at) in [(&self.order, at), (&self.by_index, index)] {
+                words.set(2 * at, worker.instance.0);
+                words.set(2 * at + 1, rest);
+            }
             self.kinds.set(index, kinds_of(index));
         }
         self.ranks.store(ranks.len() as u32, Relaxed);
         self.bits.store(ranks.iter().map(|l| l.index + 1).max().unwrap_or(0), Relaxed);
-        self.complex.store(ranks.iter().filter(|l| l.complex).count() as u32, Relaxed);
+        self.hybrid.store(ranks.iter().filter(|l| l.hybrid).count() as u32, Relaxed);
         self.version.store(version + 2, Release);
     }
 }

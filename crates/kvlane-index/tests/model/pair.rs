@@ -5,8 +5,8 @@ use std::fmt::Debug;
 
 use kvlane_index::reference::{Holding, Oracle};
 use kvlane_index::{
-    Applied, BlockHash, BlockSize, HashedPrompt, Index, IndexConfig, IndexWriter, InstanceId, KvEvent,
-    Overlaps, Worker, partition, snapshot,
+    Applied, BlockHash, BlockSize, DepthGroups, HashedPrompt, Index, IndexConfig, IndexWriter, InstanceId,
+    KvEvent, Overlaps, Worker, partition, snapshot,
 };
 
 use super::op::Op;
@@ -21,6 +21,7 @@ pub struct Pair {
     /// What `Op::Save` kept, as either dumped it.
     saved: HashMap<Worker, [Vec<KvEvent>; 2]>,
     overlaps: Overlaps,
+    groups: DepthGroups,
     hashed: HashedPrompt,
     /// Queries compared, and those that had an answer.
     pub queries: [u64; 2],
@@ -42,8 +43,20 @@ impl Pair {
         }
         let (writer, index) = partition(config);
         let (saved, overlaps, hashed) = (HashMap::new(), Overlaps::default(), HashedPrompt::default());
+        let groups = DepthGroups::default();
         let oracle = Oracle::new(&config);
-        Self { config, writer, index, oracle, saved, overlaps, hashed, queries: [0; 2], given_up: [0; 2] }
+        Self {
+            config,
+            writer,
+            index,
+            oracle,
+            saved,
+            overlaps,
+            groups,
+            hashed,
+            queries: [0; 2],
+            given_up: [0; 2],
+        }
     }
 
     /// Does it on both sides and compares what they say of it.
@@ -130,7 +143,23 @@ impl Pair {
         same("overlap", &self.overlaps, &theirs)?;
         self.index.hash_prompt(prompt, &mut self.hashed);
         self.index.overlap_hashed(&self.hashed, &mut self.overlaps);
-        same("overlap of a hashed prompt", &self.overlaps, &theirs)
+        same("overlap of a hashed prompt", &self.overlaps, &theirs)?;
+        self.index.depth_groups(prompt, &mut self.groups);
+        self.same_groups("depth groups", &theirs)?;
+        self.index.depth_groups_hashed(&self.hashed, &mut self.groups);
+        self.same_groups("depth groups of a hashed prompt", &theirs)
+    }
+
+    fn same_groups(&mut self, what: &str, theirs: &Overlaps) -> Result<(), String> {
+        let depths: Vec<u32> = self.groups.iter().map(|group| group.depth).collect();
+        let in_order = depths.is_sorted_by(|deeper, depth| deeper > depth);
+        let members =
+            |group: kvlane_index::DepthGroup<'_>| group.len() > 0 && group.workers().count() == group.len();
+        if !in_order || !self.groups.iter().all(members) {
+            return Err(format!("{what}\n  index:  {:?}", self.groups));
+        }
+        self.groups.list(&mut self.overlaps);
+        same(what, &self.overlaps, theirs)
     }
 
     /// What a dump gives an empty oracle: the form in which two dumps are equal if they say the same.
