@@ -3,18 +3,23 @@
 //! * `kvlane`: `Index::overlap` from block hashes.
 //! * `kvlane-hashed`: `Index::overlap_hashed` of a prompt whose prefix hashes were made with its block hashes, as the gateway goes. What
 //!   making them costs is in `hashing`.
+//! * `kvlane-groups`, `kvlane-groups-hashed`: the same prompts, answered as sets of workers by depth (`Index::depth_groups`).
 
 use std::cell::RefCell;
 use std::hint::black_box;
 
 use kvlane_index::hash::Namespace;
-use kvlane_index::{BlockHash, BlockSize, HashedPrompt, Index, IndexConfig, IndexWriter, Overlaps, Worker};
+use kvlane_index::{
+    BlockHash, BlockSize, DepthGroup, DepthGroups, HashedPrompt, Index, IndexConfig, IndexWriter, Overlaps,
+    Worker,
+};
 use parking_lot::Mutex;
 
 use crate::contender::{Answer, Contender, Event, Setup, Tally};
 
 thread_local! {
     static OVERLAPS: RefCell<Overlaps> = RefCell::default();
+    static GROUPS: RefCell<DepthGroups> = RefCell::default();
 }
 
 /// One partition. Its writer is unique: several publishers share it under a lock, taken once a batch.
@@ -56,7 +61,8 @@ fn tally(overlaps: &Overlaps) -> Tally {
 }
 
 impl Contender for Kvlane {
-    const WAYS: &'static [&'static str] = &["kvlane", "kvlane-hashed"];
+    const WAYS: &'static [&'static str] =
+        &["kvlane", "kvlane-hashed", "kvlane-groups", "kvlane-groups-hashed"];
     type Batch = Vec<Event>;
     type Prompt = (Vec<BlockHash>, HashedPrompt);
 
@@ -81,6 +87,19 @@ impl Contender for Kvlane {
     }
     fn settle(&self) {}
     fn ask(&self, way: usize, (blocks, hashed): &Self::Prompt) -> Tally {
+        if way > 1 {
+            return GROUPS.with_borrow_mut(|groups| {
+                match way {
+                    2 => self.index.depth_groups(blocks, groups),
+                    _ => self.index.depth_groups_hashed(hashed, groups),
+                }
+                let add = |sum: Tally, group: DepthGroup<'_>| Tally {
+                    workers: sum.workers + group.len(),
+                    blocks: sum.blocks + u64::from(group.depth) * group.len() as u64,
+                };
+                groups.iter().fold(Tally::default(), add)
+            });
+        }
         OVERLAPS.with_borrow_mut(|overlaps| {
             match way {
                 0 => self.index.overlap(blocks, overlaps),
