@@ -13,6 +13,7 @@ pub mod ingest;
 mod metrics;
 mod select;
 mod serve;
+mod state;
 
 pub use gateway::TokenizerSetting;
 pub use serve::{ServeConfig, ServeError, Server, serve};

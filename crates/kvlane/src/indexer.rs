@@ -8,7 +8,9 @@ use kvlane_sched::policy::NAMES;
 use kvlane_server::config::Endpoint;
 use kvlane_server::indexer::{ApiConfig, IndexerConfig, Knowledge, Registration};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 /// Arguments of `kvlane indexer`.
@@ -38,8 +40,16 @@ pub(crate) struct Args {
     #[arg(long = "peer", value_name = "URL")]
     peers: Vec<String>,
 
+    /// Directory in which what is known is kept over a restart; used again only where an engine's stream proves that it goes on there.
+    #[arg(long, value_name = "PATH")]
+    state_dir: Option<PathBuf>,
+
+    /// Seconds between two saves there; the last one is at the end.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
+    save_every: u64,
+
     /// Instead of hearing engines, be told routing decisions by one router (POST /v1/decisions): for engines without events.
-    #[arg(long, conflicts_with_all = ["workers", "peers"])]
+    #[arg(long, conflicts_with_all = ["workers", "peers", "state_dir"])]
     decisions: bool,
 
     /// By whose rules blocks are hashed: `reference` agrees with clients of the reference system also for adapters; `kvlane` is its own.
@@ -117,6 +127,8 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
         routing_group,
         block_size,
         peers,
+        state_dir,
+        save_every,
         decisions,
         hash_scheme,
         policy,
@@ -142,6 +154,8 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
         scheme: hash_scheme,
         registrations,
         peers,
+        state_dir,
+        save_every: Duration::from_secs(save_every),
         policy,
         max_connections,
         api: ApiConfig { max_body_bytes, allow_pausing, decisions_block_size: block_size },

@@ -136,6 +136,8 @@ impl Watch {
                 counters: self.shared.counters(worker),
                 process_start: process_start.subscribe(),
                 relearn: again.subscribe(),
+                beginnings: None,
+                images: tokio::sync::mpsc::channel(1).1,
             };
             let seen = self.signs.distrusted.borrow().get(&publisher.rank).copied().unwrap_or(0);
             relearn.push((publisher.rank, seen, again));

@@ -1,15 +1,20 @@
 //! One registered publisher and how well it is heard.
 
 use super::partition::Partition;
+use crate::clock;
 use crate::config::Endpoint;
 use crate::fleet::{Publisher, Source, Trust};
-use crate::ingest::{Following, RankCounters, Report, follow};
+use crate::ingest::{Beginnings, Following, ImageReply, RankCounters, Report, follow};
+use crate::state::{Header, IMAGE_TIMEOUT, Image, Mark, Origin, Sources};
 use kvlane_events::stream::{Limits, StreamConfig};
 use kvlane_events::wire::EngineKind;
 use kvlane_index::Worker;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
+
+/// How long live batches wait for an image: a peer's of a large rank takes a while to come.
+const SNAPSHOT_MS: u64 = 20_000;
 
 /// How a listener is, in the reference's words.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -46,6 +51,8 @@ pub(crate) struct Listener {
     pub(crate) replay: Option<Endpoint>,
     pub(crate) counters: Arc<RankCounters>,
     trust: Arc<Mutex<Trust>>,
+    origin: Origin,
+    sources: Sources,
     /// `None` while paused.
     task: Mutex<Option<Task>>,
 }
@@ -56,6 +63,7 @@ struct Task {
     /// Its end tells the task that nobody wants it any more.
     #[expect(dead_code, reason = "kept open for the task's life")]
     signs: (watch::Sender<Option<f64>>, watch::Sender<u64>),
+    images: mpsc::Sender<ImageReply>,
 }
 
 impl Listener {
@@ -65,7 +73,16 @@ impl Listener {
         worker: Worker,
         endpoint: Endpoint,
         replay: Option<Endpoint>,
+        sources: &Sources,
     ) -> Self {
+        let origin = Origin {
+            endpoint: endpoint.to_string(),
+            rank: worker.rank,
+            model: partition.key.model.clone(),
+            group: partition.key.group.clone(),
+            block_size: partition.block_size.tokens(),
+            scheme: partition.scheme.id(),
+        };
         let connecting = Trust::Blind(format!("connecting to {endpoint}"));
         let listener = Self {
             worker,
@@ -73,6 +90,8 @@ impl Listener {
             replay,
             counters: Arc::default(),
             trust: Arc::new(Mutex::new(connecting)),
+            origin,
+            sources: sources.clone(),
             task: Mutex::default(),
         };
         listener.follow(partition);
@@ -91,6 +110,8 @@ impl Listener {
             topic: None,
             source: Source::Operator,
         };
+        // One question at a time is enough: whoever asks waits for the answer.
+        let (images, asked) = mpsc::channel(1);
         let (process_start, relearn) = (watch::Sender::new(None), watch::Sender::new(0));
         let following = Following {
             worker: self.worker,
@@ -99,8 +120,8 @@ impl Listener {
                 block_size: partition.block_size,
                 topic: None,
                 replay: publisher.replay.is_some(),
-                snapshots: false,
-                limits: Limits::default(),
+                snapshots: true,
+                limits: Limits { snapshot_ms: SNAPSHOT_MS, ..Limits::default() },
             },
             scheme: partition.scheme,
             publisher,
@@ -108,11 +129,14 @@ impl Listener {
             counters: Arc::clone(&self.counters),
             process_start: process_start.subscribe(),
             relearn: relearn.subscribe(),
+            beginnings: Some(Beginnings { sources: self.sources.clone(), origin: self.origin.clone() }),
+            images: asked,
         };
         let report = Reporter(Arc::clone(&self.trust));
         *self.task() = Some(Task {
             following: tokio::spawn(follow(following, report)),
             signs: (process_start, relearn),
+            images,
         });
     }
 
@@ -123,6 +147,34 @@ impl Listener {
         let _cancelled = task.following.await;
         self.counters.update(|stats| stats.connected = false);
         true
+    }
+
+    /// What the rank holds, and up to where of its stream; `None` while that is in question.
+    pub(crate) async fn image(&self) -> Option<Image> {
+        let images = self.task().as_ref()?.images.clone();
+        let (reply, answer) = oneshot::channel();
+        images.send(reply).await.ok()?;
+        let (position, events) = tokio::time::timeout(IMAGE_TIMEOUT, answer).await.ok()?.ok()?;
+        let header = self.header(Some(Mark::from(&position)));
+        tokio::task::spawn_blocking(move || Image::new(header, &events)).await.ok()
+    }
+
+    /// What is saved for the rank: what it holds; what it held when the process began, as long as its stream has not asked for that; at
+    /// least that it is followed.
+    pub(crate) async fn image_to_save(&self) -> Image {
+        let unclaimed = || self.sources.unclaimed(&self.origin);
+        let image = self.image().await.or_else(unclaimed);
+        image.unwrap_or_else(|| Image::new(self.header(None), &[]))
+    }
+
+    fn header(&self, position: Option<Mark>) -> Header {
+        Header {
+            origin: self.origin.clone(),
+            instance: self.worker.instance.0,
+            replay: self.replay.as_ref().map(ToString::to_string),
+            position,
+            taken_unix_s: clock::unix_s(),
+        }
     }
 
     pub(crate) fn is_paused(&self) -> bool {

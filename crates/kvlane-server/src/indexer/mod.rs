@@ -17,12 +17,14 @@ mod metrics;
 mod partition;
 mod peers;
 mod registry;
+mod replicas;
 
 pub use api::{DOCUMENT, ROUTES};
 
 use crate::config::Endpoint;
 use crate::http_server::{self, Limits};
 use crate::select::Selector;
+use crate::state::{Image, StateDir, StateDirError, keep};
 use kvlane_index::BlockSize;
 use kvlane_index::hash::Scheme;
 use kvlane_sched::Policy;
@@ -30,6 +32,7 @@ use registry::Registry;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinHandle;
@@ -78,8 +81,13 @@ pub struct IndexerConfig {
     pub scheme: Scheme,
     /// Publishers to follow from the start.
     pub registrations: Vec<Registration>,
-    /// Base URLs of other indexers.
+    /// Base URLs of other indexers that hear the same engines; a name may stand for several. What they know is asked for where the engines
+    /// have forgotten it.
     pub peers: Vec<String>,
+    /// Where what is known is kept over a restart; `None` = nowhere.
+    pub state_dir: Option<PathBuf>,
+    /// Time between two saves there.
+    pub save_every: Duration,
     /// How workers are chosen for `/v1/select`.
     pub policy: Box<dyn Policy>,
     /// Client connections at a time; more wait to be accepted.
@@ -108,6 +116,8 @@ impl IndexerConfig {
             scheme: Scheme::Reference,
             registrations: Vec::new(),
             peers: Vec::new(),
+            state_dir: None,
+            save_every: Duration::from_secs(30),
             policy: Box::default(),
             max_connections: 4_096,
             api: ApiConfig { max_body_bytes: 8 << 20, allow_pausing: false, decisions_block_size: None },
@@ -131,6 +141,9 @@ pub enum IndexerError {
         /// What is wrong.
         why: String,
     },
+    /// The state directory cannot be used.
+    #[error(transparent)]
+    State(#[from] StateDirError),
     /// The settings contradict each other; says which one to drop.
     #[error("{0}")]
     Settings(&'static str),
@@ -172,11 +185,23 @@ pub async fn start(config: IndexerConfig, shutdown: CancellationToken) -> Result
                 "an indexer of routing decisions has one writer and no replicas: leave the peers out",
             ));
         }
+        if config.state_dir.is_some() {
+            return Err(IndexerError::Settings(
+                "routing decisions expire and are not kept over a restart: leave the state directory out",
+            ));
+        }
     }
     let listen = config.listen;
     let listener = http_server::bind(listen).map_err(|error| IndexerError::Listen(listen, error))?;
     let address = listener.local_addr().map_err(|error| IndexerError::Listen(listen, error))?;
-    let registry = Arc::new(Registry::new(config.knowledge, config.scheme));
+    let (state, saved) = load(config.state_dir.as_deref()).await?;
+    let followed: Vec<Registration> = saved
+        .iter()
+        .filter(|i| i.header.origin.scheme == config.scheme.id())
+        .filter_map(registration)
+        .collect();
+    let boot = RandomState::new().hash_one(0);
+    let registry = Arc::new(Registry::new(config.knowledge, config.scheme, boot, saved));
     for registration in &config.registrations {
         let (instance, rank) = (registration.instance, registration.rank);
         registry.register(registration).await.map_err(|why| IndexerError::Registration {
@@ -184,6 +209,18 @@ pub async fn start(config: IndexerConfig, shutdown: CancellationToken) -> Result
             rank,
             why: why.to_string(),
         })?;
+    }
+    // What was registered over HTTP before a restart; what contradicts the settings now gives way.
+    for registration in &followed {
+        if let Err(why) = registry.register(registration).await
+            && !config.registrations.contains(registration)
+        {
+            tracing::warn!(
+                instance = registration.instance,
+                rank = registration.rank,
+                "not followed again: {why}"
+            );
+        }
     }
     for peer in &config.peers {
         registry
@@ -197,13 +234,62 @@ pub async fn start(config: IndexerConfig, shutdown: CancellationToken) -> Result
     let router = api::router(Arc::clone(&registry), Arc::clone(&selector), config.api);
     let running = tokio::spawn(async move {
         let stop = shutdown.clone();
+        let keeping = state.map(|dir| {
+            let (ranks, stop) = (Arc::clone(&registry), shutdown.clone());
+            tokio::spawn(keep(dir, ranks, config.save_every, stop))
+        });
+        let (learning, unless) = (Arc::clone(&registry), shutdown.clone());
+        tokio::spawn(async move {
+            let adopted = unless.run_until_cancelled(replicas::adopt_registrations(&learning)).await;
+            if let Some(adopted @ 1..) = adopted {
+                tracing::info!(adopted, "following what peers have registered");
+            }
+        });
         let serving = http_server::serve(listener, router, limits, shutdown.clone());
         let housekeeping = stop.run_until_cancelled(keep_house(&registry, &selector));
         tokio::join!(serving, housekeeping);
+        if let Some(keeping) = keeping
+            && let Err(error) = keeping.await
+        {
+            tracing::warn!(%error, "the last state was not saved");
+        }
         registry.stop().await;
         tracing::info!("indexer ended");
     });
     Ok(Indexer { address, running })
+}
+
+/// Opens the state directory and reads it. A file that cannot be used is told and left out: all of it can be learnt anew.
+async fn load(path: Option<&Path>) -> Result<(Option<StateDir>, Vec<Image>), StateDirError> {
+    let Some(path) = path else { return Ok((None, Vec::new())) };
+    let dir = StateDir::open(path)?;
+    let (dir, loaded) = tokio::task::spawn_blocking(move || {
+        let loaded = dir.load();
+        (dir, loaded)
+    })
+    .await
+    .expect("reading a file does not panic");
+    let images = loaded.unwrap_or_else(|error| {
+        tracing::warn!(path = %path.display(), "the saved state is not used: {error}");
+        Vec::new()
+    });
+    let bytes: usize = images.iter().map(Image::bytes).sum();
+    tracing::info!(path = %path.display(), ranks = images.len(), bytes, "state directory open");
+    Ok((Some(dir), images))
+}
+
+/// The registration of the rank that an image is of.
+fn registration(image: &Image) -> Option<Registration> {
+    let header = &image.header;
+    Some(Registration {
+        instance: header.instance,
+        rank: header.origin.rank,
+        endpoint: header.origin.endpoint.parse().ok()?,
+        replay: header.replay.as_ref().map(|replay| replay.parse()).transpose().ok()?,
+        model: header.origin.model.clone(),
+        group: header.origin.group.clone(),
+        block_size: BlockSize::new(header.origin.block_size)?,
+    })
 }
 
 async fn keep_house(registry: &Registry, selector: &Selector) {

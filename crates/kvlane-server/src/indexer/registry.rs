@@ -6,11 +6,13 @@ use super::peers::Peers;
 use super::{Knowledge, Registration};
 use crate::clock;
 use crate::ingest::Work;
+use crate::state::{Image, Ranks, Sources};
 use kvlane_index::hash::Scheme;
 use kvlane_index::{BlockSize, Worker};
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
+use tokio::sync::mpsc;
 
 /// Most partitions: each has a thread.
 const PARTITIONS_MAX: usize = 1_024;
@@ -57,18 +59,26 @@ pub(crate) enum RegistryError {
 pub(crate) struct Registry {
     pub(crate) knowledge: Knowledge,
     pub(crate) scheme: Scheme,
-    pub(crate) peers: Peers,
+    pub(crate) peers: Arc<Peers>,
+    /// Tells this process from its peers.
+    pub(crate) boot: u64,
+    sources: Sources,
     partitions: RwLock<BTreeMap<Key, Arc<Partition>>>,
     /// Held while registrations change; queries need it not.
     changing: tokio::sync::Mutex<()>,
 }
 
 impl Registry {
-    pub(crate) fn new(knowledge: Knowledge, scheme: Scheme) -> Self {
+    /// An empty registry; `saved` is what an earlier life of this process knew.
+    pub(crate) fn new(knowledge: Knowledge, scheme: Scheme, boot: u64, saved: Vec<Image>) -> Self {
+        let peers = Arc::new(Peers::default());
+        let listed = Arc::clone(&peers);
         Self {
             knowledge,
             scheme,
-            peers: Peers::default(),
+            peers,
+            boot,
+            sources: Sources::new(saved, boot, move || listed.all()),
             partitions: RwLock::default(),
             changing: tokio::sync::Mutex::default(),
         }
@@ -138,7 +148,7 @@ impl Registry {
         }
         let partition = self.open(&key, *block_size)?;
         let worker = Worker::new(*instance, *rank);
-        let listener = Listener::start(&partition, worker, endpoint.clone(), replay.clone());
+        let listener = Listener::start(&partition, worker, endpoint.clone(), replay.clone(), &self.sources);
         partition.instances().entry(*instance).or_default().insert(*rank, Arc::new(listener));
         Ok(())
     }
@@ -234,6 +244,18 @@ impl Registry {
         for partition in self.partitions() {
             for (_, listener) in partition.listeners() {
                 listener.end().await;
+            }
+        }
+    }
+}
+
+impl Ranks for Arc<Registry> {
+    async fn images(&self, out: mpsc::Sender<Image>) {
+        for partition in self.partitions() {
+            for (_, listener) in partition.listeners() {
+                if out.send(listener.image_to_save().await).await.is_err() {
+                    return;
+                }
             }
         }
     }

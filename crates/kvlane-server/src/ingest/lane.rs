@@ -8,6 +8,7 @@ use super::stats::RankCounters;
 use super::weighed::{Closed, Sender, weighed};
 use crate::clock;
 use kvlane_events::rebuild::Regained;
+use kvlane_events::stream::Position;
 use kvlane_index::{Applied, Index, IndexConfig, IndexWriter, KvEvent, Worker};
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,6 +16,9 @@ use tokio::sync::oneshot;
 
 /// Blocks (and events) that may wait for the writer.
 const LANE_BLOCKS: u32 = 1 << 18;
+
+/// What a rank held at one place of its stream, as events for an empty index.
+pub(crate) type ImageReply = oneshot::Sender<(Position, Vec<KvEvent>)>;
 
 /// What happened to one rank, in order.
 #[derive(Debug)]
@@ -41,6 +45,8 @@ pub(crate) enum Work {
     },
     /// The worker is gone: forget it with its predictions.
     Remove(Worker),
+    /// Answer with what the worker holds once all work before this is done.
+    Image { worker: Worker, position: Position, reply: ImageReply },
     /// Answer when all work before this is done.
     Barrier(oneshot::Sender<()>),
 }
@@ -80,7 +86,7 @@ impl Lane {
     pub(crate) async fn send(&self, work: Work) -> Result<(), Closed> {
         let weight = match &work {
             Work::Apply { changes, .. } => changes.iter().map(weight).sum(),
-            Work::Remove(_) | Work::Barrier(_) => 1,
+            Work::Remove(_) | Work::Image { .. } | Work::Barrier(_) => 1,
         };
         self.sender.send(work, weight).await
     }
@@ -157,6 +163,11 @@ fn carry_out(writer: &mut IndexWriter, index: &Index, learner: &Learner, work: W
             learner.with(|rebuild| rebuild.forget(worker));
             let _ = writer.remove_worker(worker);
             index.forget_predictions(worker);
+        }
+        Work::Image { worker, position, reply } => {
+            if !reply.is_closed() {
+                let _ = reply.send((position, index.dump(worker)));
+            }
         }
         Work::Barrier(done) => {
             let _ = done.send(());

@@ -18,9 +18,9 @@ mod tap;
 mod weighed;
 pub(crate) mod zmtp;
 
-pub(crate) use lane::{Lane, Work};
+pub(crate) use lane::{ImageReply, Lane, Work};
 pub(crate) use learner::Learner;
-pub(crate) use publisher::{Following, Report, follow};
+pub(crate) use publisher::{Beginnings, Following, Report, follow};
 pub(crate) use stats::RankCounters;
 pub use stats::{AppliedTotals, RankStats};
 pub use tap::{Tap, Tapped};

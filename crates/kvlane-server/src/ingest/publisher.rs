@@ -1,19 +1,21 @@
 //! Follows one rank's publisher: sockets and clock into `kvlane_events::stream`, its actions out into the lane.
 
-use super::lane::{Change, Lane, Work};
+use super::lane::{Change, ImageReply, Lane, Work};
 use super::socket::{self, Heard, OwnedTask, Replayed};
 use super::stats::RankCounters;
 use super::weighed::{Closed, Receiver};
 use super::zmtp::Message;
 use crate::clock;
 use crate::fleet::{Publisher, Trust};
-use kvlane_events::stream::{Action, Counters, Fault, Input, State, Stream, StreamConfig};
+use crate::state::{self, Origin, Sources};
+use kvlane_events::stream::{Action, Counters, Fault, Input, Position, State, Stream, StreamConfig};
 use kvlane_events::wire::DropReason;
-use kvlane_index::Worker;
 use kvlane_index::hash::Scheme;
+use kvlane_index::{KvEvent, Worker};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::task::AbortOnDropHandle;
 
 /// Messages handled before the events that they brought go into the lane.
 const MESSAGES_AT_ONCE: usize = 64;
@@ -31,6 +33,26 @@ pub(crate) struct Following {
     pub(crate) process_start: watch::Receiver<Option<f64>>,
     /// Rises when what is known is not to be trusted any more.
     pub(crate) relearn: watch::Receiver<u64>,
+    /// Where the stream may go on from, where the engine has forgotten its beginning.
+    pub(crate) beginnings: Option<Beginnings>,
+    /// Whoever wants to know what the rank holds; unanswered while the stream is not in step.
+    pub(crate) images: mpsc::Receiver<ImageReply>,
+}
+
+/// Images of earlier lives of this process, and of others.
+#[derive(Clone, Debug)]
+pub(crate) struct Beginnings {
+    /// Who has them.
+    pub(crate) sources: Sources,
+    /// What they call this stream.
+    pub(crate) origin: Origin,
+}
+
+/// An image that was found, its events ready to be applied.
+struct Beginning {
+    from: state::From,
+    position: Position,
+    events: Vec<KvEvent>,
 }
 
 /// What following a publisher tells the fleet.
@@ -43,8 +65,19 @@ pub(crate) trait Report: Send + 'static {
 
 /// Runs until it is dropped, or until the partition is gone.
 pub(crate) async fn follow(task: Following, report: impl Report) {
-    let Following { worker, publisher, config, scheme, lane, counters, mut process_start, mut relearn } =
-        task;
+    let Following {
+        worker,
+        publisher,
+        mut config,
+        scheme,
+        lane,
+        counters,
+        mut process_start,
+        mut relearn,
+        beginnings,
+        mut images,
+    } = task;
+    config.snapshots = beginnings.is_some();
     let topic = publisher.topic.clone().unwrap_or_default();
     let (mut live, _subscription) = socket::subscribe(publisher.events.clone(), topic);
     let mut rank = Rank {
@@ -61,6 +94,9 @@ pub(crate) async fn follow(task: Following, report: impl Report) {
         counted: Counters::default(),
         replay: None,
         replay_task: None,
+        beginnings,
+        search: None,
+        beginning: None,
     };
     if let Some(start_s) = *process_start.borrow_and_update() {
         rank.handle(Input::ProcessStart(start_s));
@@ -85,6 +121,14 @@ pub(crate) async fn follow(task: Following, report: impl Report) {
                     rank.replayed(Some(reply));
                 }
             }
+            (attempt, found) = next_beginning(&mut rank.search) => rank.found(attempt, found),
+            Some(reply) = images.recv() => {
+                done = rank.flush().await;
+                if done.is_ok() {
+                    done = rank.image(reply).await;
+                }
+                continue;
+            }
             () = sleep(until_deadline) => rank.handle(Input::Tick),
             changed = process_start.changed() => {
                 let Ok(()) = changed else { return };
@@ -105,6 +149,28 @@ pub(crate) async fn follow(task: Following, report: impl Report) {
 async fn next_reply(replay: &mut Option<Receiver<Replayed>>) -> Option<Replayed> {
     match replay {
         Some(receiver) => receiver.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+type Found = (u64, Option<Beginning>);
+
+/// A search for a beginning, given up when this is dropped.
+struct Search {
+    attempt: u64,
+    found: oneshot::Receiver<Option<Beginning>>,
+    #[expect(dead_code, reason = "ends with the search")]
+    task: AbortOnDropHandle<()>,
+}
+
+async fn next_beginning(search: &mut Option<Search>) -> Found {
+    match search {
+        Some(running) => {
+            let found = (&mut running.found).await.ok().flatten();
+            let attempt = running.attempt;
+            *search = None;
+            (attempt, found)
+        }
         None => std::future::pending().await,
     }
 }
@@ -132,6 +198,10 @@ struct Rank<R> {
     counted: Counters,
     replay: Option<Receiver<Replayed>>,
     replay_task: Option<OwnedTask>,
+    beginnings: Option<Beginnings>,
+    search: Option<Search>,
+    /// Found, and not proved to be of this life of the engine yet.
+    beginning: Option<Beginning>,
 }
 
 impl<R: Report> Rank<R> {
@@ -212,8 +282,20 @@ impl<R: Report> Rank<R> {
                         (self.replay, self.replay_task) = (Some(receiver), Some(task));
                     }
                 }
-                // No snapshots are offered here yet, so none is asked for.
-                Action::RequestSnapshot { .. } | Action::AdoptSnapshot | Action::DropSnapshot => {}
+                Action::RequestSnapshot { attempt } => self.look_for_beginning(attempt),
+                Action::AdoptSnapshot => {
+                    if let Some(Beginning { from, events, .. }) = self.beginning.take() {
+                        let endpoint = &self.publisher.events;
+                        tracing::info!(worker = %self.worker, %endpoint, from = from.name(), "its stream goes on from an image");
+                        self.counters.update(|stats| stats.images_adopted += 1);
+                        self.changes.extend(events.into_iter().map(Change::Event));
+                    }
+                }
+                Action::DropSnapshot => {
+                    if self.beginning.take().is_some() {
+                        self.counters.update(|stats| stats.images_dropped += 1);
+                    }
+                }
                 Action::StateChanged(state) => {
                     if state == State::Live {
                         self.changes.push(Change::Complete);
@@ -231,6 +313,30 @@ impl<R: Report> Rank<R> {
             }
         }
         self.actions = actions;
+    }
+
+    fn look_for_beginning(&mut self, attempt: u64) {
+        let Some(Beginnings { sources, origin }) = self.beginnings.clone() else { return };
+        let (send, found) = oneshot::channel();
+        let task = tokio::spawn(async move {
+            let _ = send.send(beginning(&sources, &origin).await);
+        });
+        self.search = Some(Search { attempt, found, task: AbortOnDropHandle::new(task) });
+    }
+
+    fn found(&mut self, attempt: u64, found: Option<Beginning>) {
+        let Some(found) = found else { return self.handle(Input::SnapshotFailed { attempt }) };
+        let position = found.position.clone();
+        self.beginning = Some(found);
+        self.handle(Input::Snapshot { attempt, position: &position });
+    }
+
+    /// Has the writer answer with what the rank holds, if the stream is in step.
+    async fn image(&mut self, reply: ImageReply) -> Result<(), Closed> {
+        let Some(mut position) = self.stream.position() else { return Ok(()) };
+        // Orphans are in no dump: with some, what an image says is true but not all.
+        position.complete &= self.counters.look(|stats| stats.applied.orphaned <= stats.applied.linked);
+        self.lane.send(Work::Image { worker: self.worker, position, reply }).await
     }
 
     fn tell(&self, state: State) {
@@ -287,6 +393,14 @@ impl<R: Report> Rank<R> {
         };
         self.lane.send(work).await
     }
+}
+
+/// Finds an image and reads its events, off the runtime's threads.
+async fn beginning(sources: &Sources, origin: &Origin) -> Option<Beginning> {
+    let (from, image) = sources.find(origin).await?;
+    let position = image.position()?;
+    let events = tokio::task::spawn_blocking(move || image.events()).await.ok()?.ok()?;
+    Some(Beginning { from, position, events })
 }
 
 fn frames(message: &Message) -> Vec<&[u8]> {

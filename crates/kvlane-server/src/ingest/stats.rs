@@ -45,6 +45,10 @@ pub struct RankStats {
     pub applied: AppliedTotals,
     /// Blocks that a fence had made unknown and whose place was learnt otherwise.
     pub regained: Regained,
+    /// Images that the stream went on from: this process's of an earlier life, or another's.
+    pub images_adopted: u64,
+    /// Images that were found and not of this life of the engine, or older than what it still has.
+    pub images_dropped: u64,
     /// From the engine's publishing of the last applied batch to its being in the index, by both machines' clocks: seconds.
     pub lag_s: Option<f64>,
     /// Time that the last applied batch waited for the writer.

@@ -144,9 +144,10 @@ impl Rank {
         seq
     }
 
-    /// Closes both sockets, as a killed process does.
-    pub async fn stop(mut self) {
+    /// Closes both sockets, as a killed process does; returns what could have been replayed.
+    pub async fn stop(mut self) -> Vec<(u64, Vec<u8>)> {
         self.tasks.shutdown().await;
+        self.retained.lock().unwrap().clone()
     }
 
     pub fn source(&self) -> Value {

@@ -6,6 +6,7 @@ mod bad_input;
 mod client;
 mod decisions;
 mod document;
+mod replicas;
 mod select;
 #[path = "../fleet/support.rs"]
 #[expect(dead_code, reason = "the fleet's tests use the rest of it")]

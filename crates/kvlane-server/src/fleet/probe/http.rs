@@ -53,8 +53,18 @@ impl Answer {
 
 /// `GET base + path`.
 pub(crate) async fn get(base: &http::Uri, path: &str, limit: Duration) -> Result<Answer, GetError> {
+    get_large(base, path, limit, BODY_BYTES_MAX).await
+}
+
+/// [`get`] of an answer of up to `max_bytes`.
+pub(crate) async fn get_large(
+    base: &http::Uri,
+    path: &str,
+    limit: Duration,
+    max_bytes: usize,
+) -> Result<Answer, GetError> {
     let request = hyper::Request::get(target(base, path));
-    tokio::time::timeout(limit, exchange(base, request, Bytes::new()))
+    tokio::time::timeout(limit, exchange(base, request, Bytes::new(), max_bytes))
         .await
         .unwrap_or(Err(GetError::Timeout(limit)))
 }
@@ -71,7 +81,9 @@ pub(crate) async fn post(
         .header(hyper::header::CONTENT_TYPE, "application/json")
         .header("x-data-parallel-rank", rank);
     let body = Bytes::from(body.to_string());
-    tokio::time::timeout(limit, exchange(base, request, body)).await.unwrap_or(Err(GetError::Timeout(limit)))
+    tokio::time::timeout(limit, exchange(base, request, body, BODY_BYTES_MAX))
+        .await
+        .unwrap_or(Err(GetError::Timeout(limit)))
 }
 
 fn target(base: &http::Uri, path: &str) -> String {
@@ -82,6 +94,7 @@ async fn exchange(
     base: &http::Uri,
     request: http::request::Builder,
     body: Bytes,
+    max_bytes: usize,
 ) -> Result<Answer, GetError> {
     let host = base.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
     let stream = TcpStream::connect((host, base.port_u16().unwrap_or(80)))
@@ -99,9 +112,9 @@ async fn exchange(
     let exchange = async {
         let response = sender.send_request(request).await.map_err(failed)?;
         let status = response.status();
-        let body = Limited::new(response.into_body(), BODY_BYTES_MAX).collect().await.map_err(|e| {
+        let body = Limited::new(response.into_body(), max_bytes).collect().await.map_err(|e| {
             if e.is::<LengthLimitError>() {
-                GetError::Http(format!("more than {BODY_BYTES_MAX} bytes"))
+                GetError::Http(format!("more than {max_bytes} bytes"))
             } else {
                 GetError::Http(e.to_string())
             }

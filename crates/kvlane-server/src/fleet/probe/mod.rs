@@ -9,7 +9,7 @@ mod http;
 pub(crate) mod metrics;
 mod said;
 
-pub(crate) use self::http::{GetError, get, post};
+pub(crate) use self::http::{GetError, get, get_large, post};
 use self::said::Said;
 use crate::config::{Endpoint, EventsSetting, WorkerSpec};
 use crate::fleet::{EngineKind, Facts, Publisher, Source};

@@ -9,6 +9,9 @@ mod dump;
 mod overlap;
 mod reference;
 mod select;
+mod snapshot;
+
+pub(crate) use snapshot::Registered;
 
 use super::metrics::{Metrics, measure};
 use super::registry::Registry;
@@ -51,6 +54,8 @@ pub const ROUTES: &[(&str, &str)] = &[
     ("post", "/v1/reservations/{id}/output"),
     ("post", "/v1/reservations/{id}/renew"),
     ("get", "/v1/loads"),
+    ("get", "/v1/registrations"),
+    ("get", "/kvlane/snapshot"),
     ("get", "/openapi.json"),
 ];
 
@@ -98,6 +103,8 @@ pub(super) fn router(registry: Arc<Registry>, selector: Arc<Selector>, config: A
         .route("/v1/reservations/{id}/output", post(select::output))
         .route("/v1/reservations/{id}/renew", post(select::renew))
         .route("/v1/loads", get(select::loads))
+        .route("/v1/registrations", get(snapshot::registrations))
+        .route("/kvlane/snapshot", get(snapshot::snapshot))
         .route("/openapi.json", get(document));
     if config.allow_pausing {
         router = router

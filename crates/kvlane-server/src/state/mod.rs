@@ -1,0 +1,21 @@
+//! Knowledge that outlives a process: kept on disk, and got from other processes.
+//!
+//! ```text
+//! a rank's stream ─ needs a beginning ─▶ Sources: the state directory's image, else a peer's ─▶ stream proves that it goes on there
+//!                                                                                            └▶ or declines: replay, rebuild
+//! Keeper ─ from time to time, and at the end ─▶ every rank's image ─▶ the state directory
+//! ```
+//!
+//! An [`Image`] says what a rank held at one place of its stream. Nothing of it reaches the index before the stream has proved that it
+//! goes on exactly there, so a wrong or old image costs time and never truth.
+
+mod disk;
+mod image;
+mod keeper;
+mod sources;
+
+pub(crate) use disk::StateDir;
+pub use disk::StateDirError;
+pub(crate) use image::{Header, Image, Mark, Origin};
+pub(crate) use keeper::{IMAGE_TIMEOUT, Ranks, keep};
+pub(crate) use sources::{From, Sources};
