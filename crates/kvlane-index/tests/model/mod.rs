@@ -5,7 +5,7 @@
 //! module by path.
 //!
 //! [`choice`] where choices come from; [`regime`] what kinds of operations; [`generator`] the operations; [`op`] one of them, and
-//! how it is written for `kvlane index run`; [`pair`] index and oracle; [`soak`] a whole run, and how a failing one is made small.
+//! how it is written for `kvlane index run`; [`pair`] index and oracle; [`race`] both beside readers; [`soak`] a whole run, and how a failing one is made small.
 
 #![allow(dead_code, reason = "each user of this module needs another part of it")]
 
@@ -13,5 +13,6 @@ pub mod choice;
 pub mod generator;
 pub mod op;
 pub mod pair;
+pub mod race;
 pub mod regime;
 pub mod soak;
