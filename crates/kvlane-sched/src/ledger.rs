@@ -6,6 +6,7 @@
 use crate::RequestId;
 use crate::hash::Map;
 use kvlane_index::Worker;
+use std::collections::VecDeque;
 use std::fmt;
 
 /// Work in flight at one worker.
@@ -27,7 +28,9 @@ pub struct Load {
     pub partial_tokens: u64,
     /// Output tokens so far of requests in flight.
     pub output_tokens: u64,
-    /// When the prefill that is computed now began, at the earliest: the latest first token or end of a prefill here, or the booking that ended an idle
+    /// The part of `prefill_ms` that is the oldest request's: engines compute prompts in the order in which they came, so it is being computed now.
+    pub head_prefill_ms: f64,
+    /// When the prefill that is computed now began, at the earliest: when the one before it ended, or the booking that ended an idle
     /// time.
     pub prefill_since_ms: f64,
     /// The number of the latest booking here, counted over all workers from 1; 0 = none yet.
@@ -43,10 +46,10 @@ impl Load {
     /// Milliseconds of booked prefill that are not done yet, as far as can be told: the one that is computed now may be done in part, but has
     /// not ended.
     pub fn queue_ms(&self, now_ms: f64) -> f64 {
-        /// Share of the mean prefill that may be taken as done.
-        const MOST_DONE: f64 = 0.9;
-        let mean_ms = self.prefill_ms / f64::from(self.prefill_requests.max(1));
-        let done_ms = (now_ms - self.prefill_since_ms).clamp(0.0, (mean_ms * MOST_DONE).max(0.0));
+        /// Share of the prefill that is computed now that may be taken as done.
+        const MOST_DONE: f64 = 0.95;
+        let done_ms =
+            (now_ms - self.prefill_since_ms).clamp(0.0, (self.head_prefill_ms * MOST_DONE).max(0.0));
         (self.prefill_ms - done_ms).max(0.0)
     }
 
@@ -129,6 +132,8 @@ struct Account {
     load: Load,
     /// Requests in flight that hold each block, and the tokens that it was counted as.
     holders: Map<u64, (u32, u32)>,
+    /// Requests in the order of their booking with the prefill of each, from the oldest whose first token is due; later ones may have theirs.
+    order: VecDeque<(RequestId, f64)>,
     /// Forget it when nothing is in flight any more.
     retired: bool,
 }
@@ -204,6 +209,8 @@ impl Ledger {
         account.load.prefill_requests += 1;
         account.load.prefill_tokens += u64::from(booking.prompt_tokens - cached_tokens);
         account.load.prefill_ms += request.prefill_ms;
+        account.order.push_back((booking.id, request.prefill_ms));
+        account.load.head_prefill_ms = account.order[0].1;
         account.load.prompt_tokens += u64::from(request.tail_tokens);
         account.load.partial_tokens += request.partial_tokens();
         for block in &request.blocks {
@@ -222,13 +229,15 @@ impl Ledger {
         let request = self.requests.get_mut(&id).filter(|r| r.first.is_none())?;
         let account =
             self.accounts.get_mut(&request.worker).expect("an account lives while a request is booked on it");
-        account.end_prefill(request, now_ms);
+        account.end_prefill(request);
         account.load.decode_requests += 1;
         account.load.decode_tokens += u64::from(request.prompt_tokens) + 1;
         account.load.output_tokens += 1;
         request.first = Some((now_ms, account.load));
         request.output = 1;
-        Some(request)
+        let worker = request.worker;
+        self.find_head(worker, now_ms);
+        self.requests.get(&id)
     }
 
     /// Whether this request is in flight and without its first token.
@@ -259,7 +268,7 @@ impl Ledger {
             account.load.decode_tokens -= u64::from(request.prompt_tokens) + u64::from(request.output);
             account.load.output_tokens -= u64::from(request.output);
         } else {
-            account.end_prefill(&request, now_ms);
+            account.end_prefill(&request);
         }
         account.load.prompt_tokens -= u64::from(request.tail_tokens);
         account.load.partial_tokens -= request.partial_tokens();
@@ -273,8 +282,23 @@ impl Ledger {
         }
         if account.retired && account.load.requests() == 0 {
             self.accounts.remove(&request.worker);
+        } else {
+            self.find_head(request.worker, now_ms);
         }
         Some(request)
+    }
+
+    /// Drops those from the front of a worker's order that are not in prefill there any more.
+    fn find_head(&mut self, worker: Worker, now_ms: f64) {
+        let Self { accounts, requests, .. } = self;
+        let Some(account) = accounts.get_mut(&worker) else { return };
+        let in_prefill =
+            |id: &RequestId| requests.get(id).is_some_and(|r| r.worker == worker && r.first.is_none());
+        while account.order.front().is_some_and(|(id, _)| !in_prefill(id)) {
+            account.order.pop_front();
+            account.load.prefill_since_ms = now_ms;
+        }
+        account.load.head_prefill_ms = account.order.front().map_or(0.0, |head| head.1);
     }
 
     /// The worker is gone for good: drops its account as soon as nothing is in flight there.
@@ -289,8 +313,7 @@ impl Ledger {
 }
 
 impl Account {
-    fn end_prefill(&mut self, request: &InFlight, now_ms: f64) {
-        self.load.prefill_since_ms = now_ms;
+    fn end_prefill(&mut self, request: &InFlight) {
         self.load.prefill_requests -= 1;
         self.load.prefill_tokens -= u64::from(request.prompt_tokens - request.cached_tokens);
         self.load.prefill_ms -= request.prefill_ms;

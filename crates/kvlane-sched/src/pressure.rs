@@ -22,6 +22,7 @@ const RESCALE_AT: f64 = 60.0;
 #[derive(Debug, Default)]
 pub(crate) struct Pressure {
     prefill_ms: f64,
+    bookings: f64,
     at_ms: f64,
     /// Per worker, each booking weighed by `exp(age)`, so that only new entries need computing.
     allocated: Map<Worker, f64>,
@@ -39,7 +40,8 @@ impl Pressure {
         fleet_kv_tokens: u64,
         now_ms: f64,
     ) {
-        self.prefill_ms = self.decayed(now_ms) + prefill_ms;
+        self.bookings = self.bookings * self.decay(now_ms) + 1.0;
+        self.prefill_ms = self.prefill_ms * self.decay(now_ms) + prefill_ms;
         self.at_ms = now_ms.max(self.at_ms);
         self.age += tokens as f64 / fleet_kv_tokens.max(1) as f64;
         if self.age > RESCALE_AT {
@@ -55,7 +57,12 @@ impl Pressure {
 
     /// Share of time, 0 to 1, that each of `workers` spends on prefill.
     pub(crate) fn utilisation(&self, workers: u32, now_ms: f64) -> f64 {
-        (self.decayed(now_ms) / (WINDOW_MS * f64::from(workers.max(1)))).min(1.0)
+        (self.prefill_ms * self.decay(now_ms) / (WINDOW_MS * f64::from(workers.max(1)))).min(1.0)
+    }
+
+    /// Requests that came for each of `workers`, per millisecond.
+    pub(crate) fn arrivals_per_ms(&self, workers: u32, now_ms: f64) -> f64 {
+        self.bookings * self.decay(now_ms) / (WINDOW_MS * f64::from(workers.max(1)))
     }
 
     /// The worker's recent allocation over the mean of `workers`; 1 = as the others.
@@ -73,7 +80,7 @@ impl Pressure {
         }
     }
 
-    fn decayed(&self, now_ms: f64) -> f64 {
-        self.prefill_ms * (-(now_ms - self.at_ms).max(0.0) / WINDOW_MS).exp()
+    fn decay(&self, now_ms: f64) -> f64 {
+        (-(now_ms - self.at_ms).max(0.0) / WINDOW_MS).exp()
     }
 }

@@ -29,9 +29,9 @@ const DRAIN_SAMPLES: f64 = 16.0;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Order {
     /// First come, first served.
-    #[default]
     Arrival,
     /// Least uncached work first; waiting counts as work done.
+    #[default]
     LeastWork,
 }
 
@@ -48,7 +48,7 @@ pub struct QueueLimits {
 
 impl Default for QueueLimits {
     fn default() -> Self {
-        Self { max_requests: 4096, max_wait_ms: 60_000.0, order: Order::Arrival }
+        Self { max_requests: 4096, max_wait_ms: 60_000.0, order: Order::default() }
     }
 }
 

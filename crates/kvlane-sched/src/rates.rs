@@ -5,16 +5,16 @@
 //! 8B model in bf16; each worker has learnt factors on them (see `learn.rs`), since hardware and models differ by orders of magnitude in speed and
 //! little in shape.
 //!
-//! `prefill_ms = 5.8644 + 0.0195065 u + 9.293e-7 u (k + u/2) + 3.964e-4 k` for `u` tokens computed after `k` cached ones, at least 8 ms;
+//! `prefill_ms = 5.8644 + 0.0195065 u + 9.293e-7 u (k + u/2) + 3.964e-4 k` for `u` tokens computed after `k` cached ones;
 //! the front end takes `4.854 + 0.0011908 (u + k)`; `step_ms = 4.7892 + 0.0153 batch + 2.846e-5 context`.
 
 use crate::OverlapTokens;
 
+/// Milliseconds to compute one token of a prompt, without attention.
+const COMPUTE_MS: f64 = 0.019_506_5;
+
 /// Milliseconds to read one token of context in a decode step.
 const READ_MS: f64 = 2.846e-5;
-
-/// The least time of a prefill.
-const FLOOR_MS: f64 = 8.0;
 
 /// Speed of one worker: factors on the priors (1 = as fast, 2 = takes twice as long) and fetch times.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -48,8 +48,13 @@ impl Rates {
     /// Engine time to compute `uncached` tokens after `cached` ones.
     pub fn prefill_ms(&self, uncached: u32, cached: u32) -> f64 {
         let (u, k) = (f64::from(uncached), f64::from(cached));
-        let ms = 5.8644 + 0.019_506_5 * u + 9.293e-7 * u * (k + u / 2.0) + 3.964e-4 * k;
-        self.prefill_factor * ms.max(FLOOR_MS)
+        let ms = 5.8644 + COMPUTE_MS * u + 9.293e-7 * u * (k + u / 2.0) + 3.964e-4 * k;
+        self.prefill_factor * ms
+    }
+
+    /// The part of a prefill that grows with the tokens computed, wherever they stand.
+    pub fn computing_ms(&self, tokens: u32) -> f64 {
+        self.prefill_factor * COMPUTE_MS * f64::from(tokens)
     }
 
     /// Time of a prompt in the engine's front end, which no queue waits for.

@@ -13,8 +13,9 @@ use crate::session::Sessions;
 use crate::{Candidate, Request, RequestId, Rng};
 use kvlane_index::Worker;
 
-/// Pending prefill from which a worker is saturated: what is sent behind it cannot be taken back to a worker that gets free before.
-pub const SATURATED_MS: f64 = 2_000.0;
+/// Pending prefill from which a worker is saturated: what is sent behind it cannot be taken back to a worker that gets free before. A few steps of
+/// an engine, so that it never waits for the router.
+pub const SATURATED_MS: f64 = 500.0;
 
 /// Chooses workers and keeps account of what is in flight.
 #[derive(Debug, Default)]
@@ -105,6 +106,7 @@ impl Scheduler {
             draw(decision, sample, rng);
         }
         fleet.utilisation = self.pressure.utilisation(fleet.eligible, now_ms);
+        fleet.arrivals_per_ms = self.pressure.arrivals_per_ms(fleet.eligible, now_ms);
         for i in &decision.ranking {
             let candidate = &candidates[*i as usize];
             let row = &mut decision.rows[*i as usize];

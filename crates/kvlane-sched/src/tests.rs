@@ -439,3 +439,55 @@ fn wishes_filter_or_weigh() {
     candidates[2].adapter = Adapter::Resident;
     assert_eq!(decide(&s, &request, &candidates, &mut rng).order[0], Worker::new(2, 0));
 }
+
+/// A repeated prompt of a few blocks went to the empty worker: a prefill was reckoned with a least time, so its cached blocks saved nothing, and what it
+/// would evict weighed as much as the same prefill.
+#[test]
+fn a_short_prompt_returns_to_the_worker_that_holds_it() {
+    let profile = Profile::new(16);
+    let mut candidates = candidates(&profile, 4);
+    let mut s = scheduler("kv");
+    let mut rng = Rng::new(1);
+    for id in 0..20 {
+        let request = Request::new(RequestId(id), 50);
+        let now_ms = id as f64 * 1_000.0;
+        let mut d = Decision::default();
+        s.decide(&request, &candidates, now_ms, &mut rng, &mut d).unwrap();
+        let chosen = d.order[0].instance.0 as usize;
+        assert!(id == 0 || candidates[chosen].overlap.device == 48, "request {id} went to worker {chosen}");
+        candidates[chosen].overlap.device = 48;
+        s.book(&request, &d, d.order[0], now_ms).unwrap();
+        s.output(request.id, 100, now_ms + 30.0);
+        s.end(request.id, now_ms + 300.0);
+    }
+}
+
+/// Half of a long prefill was forgotten as soon as short ones stood behind it: what may be done by now was told by their mean.
+#[test]
+fn a_queue_is_computed_from_its_head() {
+    let mut ledger = Ledger::new();
+    let worker = Worker::new(1, 0);
+    for (id, prefill_ms) in [(1, 5_000.0), (2, 100.0), (3, 100.0)] {
+        let booking = Booking {
+            id: RequestId(id),
+            worker,
+            prompt_tokens: 10,
+            cached_tokens: 0,
+            prefill_ms,
+            model: 0,
+            now_ms: 0.0,
+            blocks: &[],
+            block_id_tokens: 0,
+        };
+        ledger.book(&booking).unwrap();
+    }
+    assert_eq!(ledger.load(worker).queue_ms(4_000.0), 1_200.0);
+    // Overdue, but not done before its first token came.
+    assert_eq!(ledger.load(worker).queue_ms(60_000.0), 450.0);
+    ledger.end(RequestId(2), 4_500.0);
+    assert_eq!(ledger.load(worker).queue_ms(4_600.0), 500.0);
+    ledger.first_token(RequestId(1), 5_000.0);
+    assert_eq!(ledger.load(worker).queue_ms(5_050.0), 50.0);
+    ledger.end(RequestId(3), 5_060.0);
+    assert_eq!(ledger.load(worker).queue_ms(5_060.0), 0.0);
+}

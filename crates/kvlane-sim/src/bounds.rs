@@ -3,7 +3,9 @@
 //! Requests are taken in the order of the trace, one after another, without queueing. Hits are leading runs of whole blocks, and the block of the last
 //! token is always computed, as engines do.
 
+use crate::outcome::Quantiles;
 use crate::trace::{Trace, TraceRequest};
+use kvlane_engine::EngineConfig;
 
 /// Shares of prompt tokens that come from a cache, 0 to 1.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -14,16 +16,33 @@ pub struct Bounds {
     pub pooled_lru: f64,
     /// One cache of that size that knows the future (Belady: it drops what is needed latest).
     pub pooled_belady: f64,
+    /// Time to first token of every request alone on an idle fleet with a cache that forgets nothing: no router and no load gives less.
+    pub least_ttft_ms: Quantiles,
 }
 
-/// The bounds of `trace` for a fleet that holds `pool_tokens` in all.
-pub fn bounds(trace: &Trace, pool_tokens: u64) -> Bounds {
+/// The bounds of `trace` for a fleet of `engine`s that holds `pool_tokens` in all.
+pub fn bounds(trace: &Trace, engine: &EngineConfig, pool_tokens: u64) -> Bounds {
     let capacity = (pool_tokens / u64::from(trace.block_tokens)) as usize;
     Bounds {
         infinite: hit_rate(trace, &mut Infinite { seen: vec![false; trace.distinct_blocks() as usize] }),
         pooled_lru: hit_rate(trace, &mut Lru::new(trace.distinct_blocks(), capacity)),
         pooled_belady: hit_rate(trace, &mut Belady::new(trace, capacity)),
+        least_ttft_ms: least_ttft_ms(trace, engine),
     }
+}
+
+fn least_ttft_ms(trace: &Trace, engine: &EngineConfig) -> Quantiles {
+    let timing = &engine.timing;
+    let mut cache = Infinite { seen: vec![false; trace.distinct_blocks() as usize] };
+    let mut all = Vec::with_capacity(trace.requests.len());
+    for request in &trace.requests {
+        let hits = usable(trace, request).iter().take_while(|b| cache.holds(**b)).count() as u32;
+        cache.used(trace.blocks(request), 0);
+        let prefill_us =
+            timing.prefill_alone_us(request.input_tokens, hits * trace.block_tokens, engine.step_tokens);
+        all.push((timing.front_end_us(request.input_tokens) + prefill_us) as f64 / 1000.0);
+    }
+    Quantiles::of(&mut all)
 }
 
 /// Blocks of a prompt that can be hit: not the one of the last token.
@@ -195,14 +214,14 @@ mod tests {
     #[test]
     fn infinite_counts_every_repeated_prefix() {
         let t = trace(&[&[0, 1], &[0, 2], &[0, 1]]);
-        assert_eq!(bounds(&t, 1000).infinite, 30.0 / 63.0);
+        assert_eq!(bounds(&t, &EngineConfig::h200_llama_8b(), 1000).infinite, 30.0 / 63.0);
     }
 
     #[test]
     fn belady_keeps_what_lru_drops() {
         // Three single blocks in turn through a cache of two.
         let t = trace(&[&[0], &[1], &[2], &[0], &[1], &[2]]);
-        let b = bounds(&t, 20);
+        let b = bounds(&t, &EngineConfig::h200_llama_8b(), 20);
         assert_eq!(b.pooled_lru, 0.0);
         assert!(b.pooled_belady > 0.0 && b.pooled_belady < b.infinite);
     }
@@ -213,6 +232,6 @@ mod tests {
         for i in 0..2 {
             t.push(i, Start::AtMs(0.0), 20, 1, &[0, 1]);
         }
-        assert_eq!(bounds(&t, 1000).infinite, 10.0 / 40.0);
+        assert_eq!(bounds(&t, &EngineConfig::h200_llama_8b(), 1000).infinite, 10.0 / 40.0);
     }
 }

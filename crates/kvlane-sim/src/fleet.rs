@@ -9,8 +9,10 @@ use crate::outcome::{Outcome, Served, WorkerTotals};
 use crate::trace::{Start, Trace};
 use kvlane_engine::{Engine, EngineConfig, StepOutput};
 use kvlane_index::{BlockHash, BlockSize, KvEvent, Worker};
+use kvlane_sched::queue::{AdmissionQueue, QueueLimits, Waiting};
 use kvlane_sched::{
     Candidate, Decision, EngineLimits, OverlapTokens, Policy, Profile, Request, RequestId, Rng, Scheduler,
+    rates::Rates,
 };
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -30,6 +32,8 @@ pub struct FleetConfig {
     pub event_lag_us: u64,
     /// How long a routing decision counts as a predicted placement; 0 = no predictions.
     pub predict_us: u64,
+    /// Bounds of the queue in which requests wait at the router while every worker is saturated; `None` = all are sent at once.
+    pub admission: Option<QueueLimits>,
     /// Seed of the scheduler's draws and of the lags.
     pub seed: u64,
 }
@@ -44,6 +48,11 @@ impl FleetConfig {
             network_us: 200,
             event_lag_us: 1_000,
             predict_us: 30_000_000,
+            admission: Some(QueueLimits {
+                max_requests: usize::MAX,
+                max_wait_ms: f64::INFINITY,
+                ..QueueLimits::default()
+            }),
             seed: 1,
         }
     }
@@ -107,6 +116,8 @@ struct Run<'t> {
     step_at: Vec<Option<u64>>,
     knowledge: Knowledge,
     queue: Queue,
+    /// Requests that wait at the router.
+    parked: Option<AdmissionQueue>,
     rng: Rng,
     decision: Decision,
     held: Vec<Held>,
@@ -132,6 +143,7 @@ impl<'t> Run<'t> {
             engine.timing = engine.timing.faster(speed);
             Engine::new(engine)
         };
+        let policy_queues = policy.holds_back();
         let mut queue = Queue { heap: BinaryHeap::new(), slots: std::collections::HashMap::new(), next: 0 };
         let mut next_turn = vec![None; trace.requests.len()];
         let mut latest: Vec<Option<u32>> = vec![None; trace.sessions() as usize];
@@ -164,6 +176,7 @@ impl<'t> Run<'t> {
             step_at: vec![None; workers],
             knowledge: Knowledge::new(workers, trace.distinct_blocks()),
             queue,
+            parked: config.admission.filter(|_| policy_queues).map(AdmissionQueue::new),
             rng: Rng::new(config.seed),
             decision: Decision::default(),
             held: Vec::new(),
@@ -219,6 +232,55 @@ impl<'t> Run<'t> {
     }
 
     fn arrives(&mut self, now_us: u64, index: u32) {
+        self.served[index as usize].arrived_us = now_us;
+        if self.parked.is_none() {
+            self.dispatches(now_us, index, false);
+            return;
+        }
+        let now_ms = now_us as f64 / 1000.0;
+        let must_wait = self.parked.as_ref().is_some_and(|q| q.must_wait(0, now_ms));
+        if must_wait || !self.dispatches(now_us, index, true) {
+            let work_ms = self.least_work_ms(index);
+            let waiting = Waiting {
+                id: RequestId(u64::from(index)),
+                tenant: 0,
+                priority: 0,
+                work_ms,
+                deadline_ms: None,
+                since_ms: now_ms,
+            };
+            let parked = self.parked.as_mut().expect("looked at above");
+            if parked.park(waiting).is_err() {
+                self.served[index as usize].refused = true;
+                self.ends(now_us, index);
+            }
+        }
+    }
+
+    /// Sends those that wait for as long as a worker has room.
+    fn drains(&mut self, now_us: u64) {
+        let now_ms = now_us as f64 / 1000.0;
+        while let Some(first) = self.parked.as_ref().and_then(|q| q.first(now_ms)) {
+            if !self.dispatches(now_us, first.id.0 as u32, true) {
+                break;
+            }
+            self.parked.as_mut().expect("it had a first").take(first.id, now_ms);
+        }
+    }
+
+    /// Prefill that the request needs where most of it is held, in milliseconds.
+    fn least_work_ms(&mut self, index: u32) -> f64 {
+        let request = &self.trace.requests[index as usize];
+        if self.reads_cache {
+            self.knowledge.overlap(self.trace.blocks(request), &mut self.held);
+        }
+        let most = self.held.iter().map(|h| h.predicted).max().unwrap_or(0) * self.trace.block_tokens;
+        let cached = most.min(request.input_tokens - 1);
+        Rates::default().prefill_ms(request.input_tokens - cached, cached)
+    }
+
+    /// Decides on a request and sends it; `false` if `wait_for_room` and no worker has any.
+    fn dispatches(&mut self, now_us: u64, index: u32, wait_for_room: bool) -> bool {
         let trace = self.trace;
         let request = &trace.requests[index as usize];
         let blocks = trace.blocks(request);
@@ -254,6 +316,9 @@ impl<'t> Run<'t> {
         asked.blocks = &ledger_blocks;
         asked.block_id_tokens = stride * trace.block_tokens;
         let now_ms = now_us as f64 / 1000.0;
+        if wait_for_room && !self.scheduler.has_room(&asked, &candidates, now_ms) {
+            return false;
+        }
         self.scheduler
             .decide(&asked, &candidates, now_ms, &mut self.rng, &mut self.decision)
             .expect("a simulated worker is always eligible");
@@ -263,13 +328,14 @@ impl<'t> Run<'t> {
             .expect("requests of a trace have different numbers");
         let w = worker.instance.0 as usize;
         let served = &mut self.served[index as usize];
-        served.arrived_us = now_us;
+        served.sent_us = now_us;
         served.worker = w as u32;
         served.expected_cached_tokens = self.decision.row(worker).map_or(0, |r| r.cached_tokens);
         if self.reads_cache && self.config.predict_us > 0 {
             self.knowledge.predict(w, blocks, now_us + self.config.predict_us);
         }
         self.queue.push(now_us + self.config.network_us, Happening::Submits(index, w as u32));
+        true
     }
 
     fn submits(&mut self, now_us: u64, index: u32, worker: u32) {
@@ -335,6 +401,9 @@ impl<'t> Run<'t> {
         }
         self.output = output;
         self.wake(worker);
+        if self.parked.as_ref().is_some_and(|q| !q.is_empty()) {
+            self.drains(client_us);
+        }
     }
 
     fn ends(&mut self, now_us: u64, index: u32) {

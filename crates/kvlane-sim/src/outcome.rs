@@ -5,6 +5,8 @@
 pub struct Served {
     /// When it reached the router.
     pub arrived_us: u64,
+    /// When it was sent to its worker: later than it came where it waited at the router.
+    pub sent_us: u64,
     /// When its first token reached the client; `None` = never.
     pub first_token_us: Option<u64>,
     /// When its last token did.

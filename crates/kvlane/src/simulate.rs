@@ -287,7 +287,11 @@ fn compare(args: &Args, base: &Trace) -> Comparison {
         closed_loop: shaped.requests.iter().any(|r| matches!(r.start, Start::AfterMs(_))),
         ttft_target_ms: args.ttft_target,
         seeds,
-        bounds: args.workers.iter().map(|w| (*w, bounds(&shaped, pool(*w)))).collect(),
+        bounds: args
+            .workers
+            .iter()
+            .map(|w| (*w, bounds(&shaped, &fleet(*w, args.seed, 0).engine, pool(*w))))
+            .collect(),
         cells,
     }
 }

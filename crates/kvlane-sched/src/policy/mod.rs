@@ -30,6 +30,8 @@ pub struct Fleet {
     pub requests: u64,
     /// Share of time, 0 to 1, that they spend on prefill.
     pub utilisation: f64,
+    /// Requests that came for each of them lately, per millisecond.
+    pub arrivals_per_ms: f64,
     /// When the decision is made.
     pub now_ms: f64,
     /// Where the request's session was last, if that worker is eligible.
@@ -79,6 +81,11 @@ pub trait Policy: Send + Sync + fmt::Debug {
     /// How many eligible candidates, drawn at random, it compares; `None` = all.
     fn sample(&self) -> Option<usize> {
         None
+    }
+
+    /// Whether requests wait in an [`crate::queue::AdmissionQueue`] while every eligible worker is saturated, unless an operator says otherwise.
+    fn holds_back(&self) -> bool {
+        false
     }
 
     /// Writes `row.terms` from `row.load` and the view. `row.cached_tokens` is set and may be lowered.

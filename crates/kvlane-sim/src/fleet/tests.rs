@@ -39,3 +39,21 @@ fn without_reuse_nothing_is_hit() {
         assert!(outcome.served.iter().all(|s| s.cached_tokens == 0));
     }
 }
+
+/// Twice what the fleet can do for a minute: whoever waits at the router has work that is done before younger and shorter requests for as long as
+/// it waited, so nobody waits longer than the backlog takes, and the router holds back at all.
+#[test]
+fn nobody_starves_while_every_worker_is_saturated() {
+    let trace = generate(Nature::NoReuse, 1_500, 40.0, 1);
+    let config = FleetConfig::new(2);
+    let outcome = run(&trace, &config, "kv".parse().unwrap());
+    let wait_ms = |s: &Served| (s.sent_us - s.arrived_us) as f64 / 1000.0;
+    assert!(outcome.served.iter().all(|s| s.ended_us.is_some()));
+    let longest = outcome.served.iter().map(wait_ms).fold(0.0, f64::max);
+    let last_ms = outcome.served.iter().map(|s| s.arrived_us).max().unwrap() as f64 / 1000.0;
+    let backlog_ms = outcome.end_us as f64 / 1000.0 - last_ms;
+    let longest_prompt = trace.requests.iter().map(|r| r.input_tokens).max().unwrap();
+    let slack_ms = 2.0 * Rates::default().prefill_ms(longest_prompt, 0);
+    assert!(longest > 5_000.0, "{longest}");
+    assert!(longest < backlog_ms + slack_ms, "{longest} ms of a backlog of {backlog_ms}");
+}

@@ -104,10 +104,13 @@ fn section(c: &Comparison, cells: &[Cell], out: &mut String) -> std::fmt::Result
     if let Some(b) = bounds {
         writeln!(
             out,
-            "<p>Hit rate at most {} with endless memory, {} with one LRU cache of all workers' memory, {} if that knew the future.</p>",
+            "<p>Hit rate at most {} with endless memory, {} with one LRU cache of all workers' memory, {} if that knew the future. \
+             Time to first token, alone on an idle fleet with endless memory: p50 {}, p99 {}.</p>",
             percent(b.infinite),
             percent(b.pooled_lru),
-            percent(b.pooled_belady)
+            percent(b.pooled_belady),
+            ms(b.least_ttft_ms.p50),
+            ms(b.least_ttft_ms.p99)
         )?;
     }
     let names: Vec<String> = cells.iter().map(|x| escaped(&x.policy)).collect();

@@ -30,6 +30,7 @@ pub fn json(c: &Comparison) -> String {
             "infinite": b.infinite,
             "pooled_lru": b.pooled_lru,
             "pooled_belady": b.pooled_belady,
+            "least_ttft_ms": quantiles(&b.least_ttft_ms),
         })).collect::<Vec<_>>(),
         "cells": cells.iter().map(|cell| value!({
             "workers": cell.workers,

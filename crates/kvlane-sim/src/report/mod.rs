@@ -167,7 +167,7 @@ mod tests {
             closed_loop: true,
             ttft_target_ms: 500.0,
             seeds: vec![1],
-            bounds: vec![(2, crate::bounds::bounds(&trace, 2 * config.cache_tokens()))],
+            bounds: vec![(2, crate::bounds::bounds(&trace, &config.engine, 2 * config.cache_tokens()))],
             cells: cells.into(),
         }
     }

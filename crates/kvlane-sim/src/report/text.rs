@@ -30,10 +30,14 @@ fn write_text(c: &Comparison, out: &mut String) -> std::fmt::Result {
             if let Some((_, b)) = c.bounds.iter().find(|(w, _)| *w == cell.workers) {
                 write!(
                     out,
-                    "; hit rate at most {:.1} % (one LRU of all memory {:.1} %, Belady {:.1} %)",
+                    "; hit rate at most {:.1} % (one LRU of all memory {:.1} %, Belady {:.1} %)\n\
+                     alone on an idle fleet with endless caches: ttft p50 {}, p90 {}, p99 {}",
                     100.0 * b.infinite,
                     100.0 * b.pooled_lru,
-                    100.0 * b.pooled_belady
+                    100.0 * b.pooled_belady,
+                    ms(b.least_ttft_ms.p50),
+                    ms(b.least_ttft_ms.p90),
+                    ms(b.least_ttft_ms.p99)
                 )?;
             }
             writeln!(out)?;

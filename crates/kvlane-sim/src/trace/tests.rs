@@ -125,7 +125,14 @@ fn shapes_repeat_by_seed_and_copies_share_nothing() {
 
 #[test]
 fn generated_natures_have_the_reuse_that_they_are_named_for() {
-    let infinite = |nature| crate::bounds::bounds(&generate(nature, 2000, 10.0, 3), 1 << 40).infinite;
+    let infinite = |nature| {
+        crate::bounds::bounds(
+            &generate(nature, 2000, 10.0, 3),
+            &kvlane_engine::EngineConfig::h200_llama_8b(),
+            1 << 40,
+        )
+        .infinite
+    };
     assert_eq!(infinite(Nature::NoReuse), 0.0);
     assert!(infinite(Nature::HotPrefixes) > 0.85);
     assert!(infinite(Nature::SharedPrompts) > 0.7);
