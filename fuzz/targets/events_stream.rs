@@ -3,10 +3,11 @@
 #![no_main]
 
 use arbitrary::Arbitrary;
-use kvlane_events::stream::{Action, Input, Limits, State, Stream, StreamConfig};
+use kvlane_events::stream::{Action, Input, Limits, Position, State, Stream, StreamConfig};
 use kvlane_events::wire::EngineKind;
 use kvlane_index::BlockSize;
 use libfuzzer_sys::fuzz_target;
+use xxhash_rust::xxh3::xxh3_64;
 
 #[derive(Arbitrary, Debug)]
 enum Step {
@@ -19,6 +20,9 @@ enum Step {
     ReplyEnd,
     ReplayFailed,
     ProcessStart(u8),
+    /// Somebody else stood before `next`, having heard of a life.
+    Snapshot { life: bool, next: u8, complete: bool, late: bool },
+    NoSnapshot,
     Relearn,
     Wait(u16),
     Deadline,
@@ -31,6 +35,8 @@ struct Case {
     /// Where the sequence numbers begin: also right before they wrap around.
     wrap: bool,
     small_buffer: bool,
+    snapshots: bool,
+    sglang: bool,
     steps: Vec<Step>,
 }
 
@@ -48,17 +54,17 @@ fn batch(life: bool, seq: u8) -> Vec<u8> {
 fuzz_target!(|case: Case| {
     let limits = Limits { buffer_batches: if case.small_buffer { 3 } else { 100 }, buffer_bytes: 10_000, ..Limits::default() };
     let config = StreamConfig {
-        engine: EngineKind::Vllm,
+        engine: if case.sglang { EngineKind::Sglang } else { EngineKind::Vllm },
         block_size: BlockSize::new(1).expect("not 0"),
         topic: case.topic.then(|| b"kv".to_vec()),
         replay: case.replay,
-        snapshots: false,
+        snapshots: case.snapshots,
         limits,
     };
     let mut stream = Stream::new(config);
     let base = if case.wrap { u64::MAX - 20 } else { 0 };
     let (mut now_ms, mut attempt, mut epoch) = (0u64, 0u64, 0u64);
-    let mut out = Vec::new();
+    let (mut out, mut offered) = (Vec::new(), false);
     for step in &case.steps {
         let (next, applied) = (stream.next_seq(), stream.counters().batches);
         match step {
@@ -85,6 +91,22 @@ fuzz_target!(|case: Case| {
             }
             Step::ReplayFailed => stream.handle(Input::ReplayFailed { attempt }, now_ms, &mut out),
             Step::ProcessStart(start) => stream.handle(Input::ProcessStart(f64::from(*start)), now_ms, &mut out),
+            Step::Snapshot { life, next, complete, late } => {
+                let first = next.saturating_sub(32);
+                let position = Position {
+                    next_seq: base.wrapping_add(u64::from(*next)),
+                    since_seq: Some(base),
+                    complete: *complete,
+                    recent: (first..*next).map(|seq| xxh3_64(&batch(*life, seq))).collect(),
+                    first_ts_s: Some(0.0),
+                    last_ts_s: Some(f64::from(*next)),
+                    process_start_s: None,
+                };
+                let attempt = attempt - u64::from(*late && attempt > 0);
+                offered = true;
+                stream.handle(Input::Snapshot { attempt, position: &position }, now_ms, &mut out);
+            }
+            Step::NoSnapshot => stream.handle(Input::SnapshotFailed { attempt }, now_ms, &mut out),
             Step::Relearn => stream.handle(Input::Relearn, now_ms, &mut out),
             Step::Wait(ms) => {
                 now_ms += u64::from(*ms);
@@ -104,6 +126,14 @@ fuzz_target!(|case: Case| {
                     assert!(case.replay && new > attempt, "attempts grow");
                     attempt = new;
                 }
+                Action::RequestSnapshot { attempt: new } => {
+                    assert!(case.snapshots && new > attempt, "attempts grow");
+                    attempt = new;
+                }
+                Action::AdoptSnapshot | Action::DropSnapshot => {
+                    assert!(offered, "each offer has one end");
+                    offered = false;
+                }
                 Action::Reset { epoch: new, .. } => {
                     assert_eq!(new, epoch + 1, "each fence begins the next epoch");
                     epoch = new;
@@ -120,7 +150,7 @@ fuzz_target!(|case: Case| {
         let (batches, bytes) = stream.waiting();
         assert!(batches <= limits.buffer_batches + 1 && bytes <= limits.buffer_bytes + 10_000);
         if stream.state() == State::Live {
-            assert!(stream.since_seq().is_some());
+            assert!(stream.since_seq().is_some() || stream.next_seq().is_none());
         }
     }
 });

@@ -55,7 +55,9 @@ impl Stream {
         }
         // The stream may have been the first to know; not while it hears nothing.
         let heard_since = self.first_ts_s.is_some_and(|ts_s| ts_s + CLOCK_SLACK_S >= start_s);
-        let known_already = heard_since && self.phase != Phase::Blind;
+        // A clock that was set back proves nothing.
+        let clock_goes_on = before.is_none_or(|before| start_s >= before);
+        let known_already = heard_since && clock_goes_on && self.phase != Phase::Blind;
         if before.is_none() || same || known_already || self.next.is_none() {
             return;
         }

@@ -79,7 +79,10 @@ impl Stream {
     pub(super) fn snapshot(&mut self, attempt: u64, position: &Position, now_ms: u64, out: &mut Vec<Action>) {
         if !matches!(self.phase, Phase::Healing { .. }) || attempt != self.attempt {
             out.push(Action::Dropped(DropReason::LateReply));
-            return out.push(Action::DropSnapshot);
+            if !self.adopting {
+                out.push(Action::DropSnapshot);
+            }
+            return;
         }
         self.follow();
         let Position { next_seq, since_seq, complete, recent, first_ts_s, last_ts_s, process_start_s } =

@@ -264,6 +264,17 @@ fn a_new_process_start_time_is_a_restart() {
 }
 
 #[test]
+fn a_process_start_before_the_last_one_is_a_restart_whatever_was_heard_since() {
+    let mut t = Test::new(false);
+    t.input(Input::Connected);
+    t.input(Input::ProcessStart(500.0));
+    t.live(0, &batch(501.0, 10));
+    // The clock was set back before the engine came up again.
+    assert_eq!(t.input(Input::ProcessStart(100.0)), ["reset 1", "rebuilding"]);
+    assert_eq!(t.live(0, &batch(101.0, 11)), ["+11", "live"]);
+}
+
+#[test]
 fn names_survive_the_way() {
     let mut t = Test::new(false);
     t.input(Input::Connected);
