@@ -110,6 +110,7 @@ impl Stream {
         self.phase = Phase::Following;
         self.stale_at_ms = None;
         self.unverified = false;
+        self.doubtful = false;
     }
 
     /// From now on what is known may be out of date; it is claimed for a while longer.
@@ -120,6 +121,8 @@ impl Stream {
     /// The engine has restarted: all that was known is void, the meaning of its names included.
     pub(super) fn new_life(&mut self, out: &mut Vec<Action>) {
         self.counters.restarts += 1;
+        // What the last life's replay left out says nothing of this one's.
+        self.retains = true;
         self.end_epoch(true, out);
     }
 
@@ -136,6 +139,7 @@ impl Stream {
         self.since = None;
         self.complete = false;
         self.unverified = false;
+        self.doubtful = false;
         if std::mem::take(&mut self.adopting) {
             out.push(Action::DropSnapshot);
         }

@@ -97,7 +97,7 @@ impl Stream {
             self.put_back(message);
             self.claim_until(now_ms);
             self.ask(Plan::new(Purpose::Hole), now_ms, out);
-        } else if !self.drop_stray(out) {
+        } else if self.is_of_process(message.payload) || !self.drop_stray(out) {
             self.apply_live(message, now_ms, out);
         }
     }
@@ -107,7 +107,7 @@ impl Stream {
         let asked = self.unhealed.filter(|&(at, _)| at == next).map_or(0, |(_, tries)| tries);
         let can_ask = self.config.replay && self.retains;
         // No replay brings it, and it is older than what was applied: a rest of the life before.
-        let stray = (asked > 0 || !can_ask) && self.age(message.payload) == Some(Ordering::Less);
+        let stray = (asked > 0 || !can_ask) && self.is_older(message.payload);
         if stray && self.drop_stray(out) {
             return;
         }
@@ -141,7 +141,7 @@ impl Stream {
         // replay that followed is a stray as well.
         let print = fingerprint(message.payload);
         let stray =
-            age == Some(Ordering::Less) && !self.begins_life(message) || self.restarted_by == Some(print);
+            self.is_older(message.payload) && !self.begins_life(message) || self.restarted_by == Some(print);
         if stray && self.drop_stray(out) {
             return;
         }
@@ -162,6 +162,16 @@ impl Stream {
     /// When a batch was published, against the one applied last; `None` if either does not say.
     fn age(&self, payload: &[u8]) -> Option<Ordering> {
         wire::published_s(payload)?.partial_cmp(&self.last_ts_s?)
+    }
+
+    /// Published before the batch applied last, and not by the engine's present process after its clock was set back.
+    fn is_older(&self, payload: &[u8]) -> bool {
+        self.age(payload) == Some(Ordering::Less) && !self.is_of_process(payload)
+    }
+
+    /// Published since the engine's present process began, as far as that is known.
+    fn is_of_process(&self, payload: &[u8]) -> bool {
+        self.process_start_s.is_some() && !self.precedes_process(payload)
     }
 
     /// Published before the engine's present process began.

@@ -269,6 +269,8 @@ pub struct Stream {
     complete: bool,
     /// A reconnect happened since the last batch: it may be another life.
     unverified: bool,
+    /// A replay was asked for a second time: another life may answer than did before.
+    doubtful: bool,
     /// A snapshot from elsewhere waits for the proof that it is of the engine's present life; its content is not applied yet.
     adopting: bool,
     /// The engine's replay buffer has been seen to hold what it should.
@@ -316,6 +318,7 @@ impl Stream {
             since: None,
             complete: false,
             unverified: false,
+            doubtful: false,
             adopting: false,
             retains: true,
             fault: None,

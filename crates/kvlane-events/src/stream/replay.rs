@@ -59,7 +59,7 @@ impl Stream {
             return self.replay_batch(message, now_ms, out);
         };
         match distance(message.seq, next) {
-            0 if !self.unverified => self.replay_batch(message, now_ms, out),
+            0 if !self.unverified && !self.doubtful => self.replay_batch(message, now_ms, out),
             // The right number, but no proof that it is the same life.
             0 => self.restarted(now_ms, out),
             1.. => self.replay_hole(message, plan, next, now_ms, out),
@@ -155,7 +155,7 @@ impl Stream {
     pub(super) fn ask(&mut self, plan: Plan, now_ms: u64, out: &mut Vec<Action>) {
         let from_seq = match (plan.purpose, self.next) {
             (Purpose::Hole | Purpose::Probe, Some(next)) => {
-                let back = if self.unverified { VERIFIED_AFTER_RECONNECT } else { 1 };
+                let back = if self.unverified || self.doubtful { VERIFIED_AFTER_RECONNECT } else { 1 };
                 next.wrapping_sub(self.recent.len().min(back) as u64)
             }
             _ => 0,
@@ -176,6 +176,7 @@ impl Stream {
     pub(super) fn retry(&mut self, now_ms: u64, out: &mut Vec<Action>) {
         let Phase::Asking { mut plan, .. } = self.phase else { return };
         plan.tries += 1;
+        self.doubtful = self.next.is_some();
         if plan.purpose == Purpose::Start && self.next.is_some() {
             plan.purpose = Purpose::Hole;
         }

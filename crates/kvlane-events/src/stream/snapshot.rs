@@ -130,6 +130,7 @@ impl Stream {
     /// It is the same life of the engine as before.
     pub(super) fn prove(&mut self, out: &mut Vec<Action>) {
         self.unverified = false;
+        self.doubtful = false;
         if std::mem::take(&mut self.adopting) {
             out.push(Action::AdoptSnapshot);
         }
