@@ -464,7 +464,11 @@ impl World {
             match action {
                 Action::Apply(event) => {
                     let mut events = Vec::new();
-                    rank.regained += self.rebuild.event(rank.worker, event, &mut events);
+                    let regained = self.rebuild.event(rank.worker, event, &mut events);
+                    if regained != Regained::default() {
+                        rank.note(format!("{now}   regained {regained:?} by {events:?}"));
+                    }
+                    rank.regained += regained;
                     for event in &events {
                         let _ = self.writer.apply(rank.worker, event);
                     }

@@ -223,12 +223,11 @@ impl Learning {
         self.held.get(&name).is_some_and(|held| held.placed)
     }
 
-    /// One more copy of a name, as the index counts them: one that was an orphan elsewhere begins anew.
+    /// One more copy of a name. At least as many are counted as in the index, where an orphan whose place was found keeps its copies and one
+    /// that was stored elsewhere does not: a name that seems to be held is not stored again.
     fn hold(&mut self, name: EngineHash, placed: bool) {
         let held = self.held.entry(name).or_insert(Held { copies: 0, placed });
-        if held.placed != placed {
-            *held = Held { copies: 0, placed };
-        }
+        held.placed |= placed;
         held.copies = (held.copies + 1).min(COPIES_MAX);
     }
 

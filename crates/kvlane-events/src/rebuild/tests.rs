@@ -189,6 +189,27 @@ fn the_middle_of_a_prompt_places_nothing_until_its_end_is_there() {
 }
 
 #[test]
+fn an_orphan_that_was_linked_keeps_its_copies() {
+    let mut t = Test::new();
+    let long: Vec<u64> = (100..120).collect();
+    t.run(B, 7, &[1, 2, 3], 0);
+    t.fence(A, true);
+    // 3 is an orphan below 2; then 2 finds its place, and 3 with it; then 3 is stored once more.
+    t.run(A, 7, &[1, 2, 3], 2);
+    t.run(B, 7, &long, 0);
+    t.run(A, 7, &long, 0);
+    t.run(A, 7, &[1, 2, 9], 2);
+    t.run(A, 7, &[1, 2, 3], 2);
+    let name = chain(7, &[1, 2, 3])[2].engine;
+    t.remove(A, name);
+    // Its other copy is held still, and below it something new is stored.
+    t.run(A, 7, &[1, 2, 3, 4], 3);
+    assert_eq!(t.device(A, &[1, 2, 3, 4]), 4);
+    t.remove(A, name);
+    assert_eq!(t.device(A, &[1, 2, 3, 4]), 2, "two copies, two removals");
+}
+
+#[test]
 fn orphans_are_not_counted_again_when_their_place_is_remembered() {
     let mut t = Test::new();
     let long: Vec<u64> = (100..120).collect();
