@@ -1,6 +1,6 @@
 //! One life of a publisher after another: connections, restarts, fences, deadlines.
 
-use super::{Action, CLOCK_SLACK_S, PROBES_UNANSWERED, Phase, Plan, Purpose, Stream};
+use super::{Action, PROBES_UNANSWERED, Phase, Plan, Purpose, Stream};
 
 impl Stream {
     pub(super) fn connected(&mut self, now_ms: u64, out: &mut Vec<Action>) {
@@ -53,8 +53,8 @@ impl Stream {
             }
             return self.follow();
         }
-        // The stream may have been the first to know; not while it hears nothing.
-        let heard_since = self.first_ts_s.is_some_and(|ts_s| ts_s + CLOCK_SLACK_S >= start_s);
+        // The stream may have been the first to know; not while it hears nothing. No slack: an engine needs seconds before it publishes.
+        let heard_since = self.first_ts_s.is_some_and(|ts_s| ts_s >= start_s);
         // A clock that was set back proves nothing.
         let clock_goes_on = before.is_none_or(|before| start_s >= before);
         let known_already = heard_since && clock_goes_on && self.phase != Phase::Blind;

@@ -275,6 +275,15 @@ fn a_process_start_before_the_last_one_is_a_restart_whatever_was_heard_since() {
 }
 
 #[test]
+fn a_batch_right_before_a_restart_does_not_hide_it() {
+    let mut t = Test::new(false);
+    t.input(Input::Connected);
+    t.input(Input::ProcessStart(500.0));
+    t.live(0, &batch(599.95, 10));
+    assert_eq!(t.input(Input::ProcessStart(600.0)), ["reset 1", "rebuilding"]);
+}
+
+#[test]
 fn names_survive_the_way() {
     let mut t = Test::new(false);
     t.input(Input::Connected);
