@@ -74,6 +74,8 @@ pub(crate) struct Booking<'a> {
     pub(crate) prefill_ms: f64,
     /// When.
     pub(crate) now_ms: f64,
+    /// Whether its first token will be reported.
+    pub(crate) streams: bool,
     /// Opaque number of its model.
     pub(crate) model: u64,
     /// Opaque prefix ids of its leading blocks, see [`crate::Request::blocks`].
@@ -111,6 +113,8 @@ pub(crate) struct InFlight {
     pub(crate) prefill_ms: f64,
     /// Of those before it, when it was booked.
     pub(crate) queue_ms: f64,
+    /// Whether its first token is reported; else it is reckoned, see [`Ledger::settle`].
+    pub(crate) streams: bool,
     /// When its first token came and at which load; `None` before.
     pub(crate) first: Option<(f64, Load)>,
     /// Output tokens so far.
@@ -183,6 +187,7 @@ impl Ledger {
         if self.requests.contains_key(&booking.id) {
             return Err(BookError::Duplicate);
         }
+        self.settle(booking.worker, booking.now_ms);
         self.bookings += 1;
         let cached_tokens = booking.cached_tokens.min(booking.prompt_tokens);
         let block_tokens = (booking.blocks.len() as u64 * u64::from(booking.block_id_tokens))
@@ -197,6 +202,7 @@ impl Ledger {
             prompt_tokens: booking.prompt_tokens,
             cached_tokens,
             prefill_ms: booking.prefill_ms.max(0.0),
+            streams: booking.streams,
             first: None,
             output: 0,
             tail_tokens: booking.prompt_tokens - block_tokens,
@@ -227,17 +233,34 @@ impl Ledger {
     /// The first token came: prefill is done. Unknown ids and repetitions change nothing and give `None`.
     pub(crate) fn first_token(&mut self, id: RequestId, now_ms: f64) -> Option<&InFlight> {
         let request = self.requests.get_mut(&id).filter(|r| r.first.is_none())?;
-        let account =
-            self.accounts.get_mut(&request.worker).expect("an account lives while a request is booked on it");
-        account.end_prefill(request);
-        account.load.decode_requests += 1;
-        account.load.decode_tokens += u64::from(request.prompt_tokens) + 1;
-        account.load.output_tokens += 1;
-        request.first = Some((now_ms, account.load));
-        request.output = 1;
         let worker = request.worker;
+        let account =
+            self.accounts.get_mut(&worker).expect("an account lives while a request is booked on it");
+        account.begin_decode(request, now_ms);
         self.find_head(worker, now_ms);
+        self.settle(worker, now_ms);
         self.requests.get(&id)
+    }
+
+    /// Ends the prefill of those at the head whose first token nobody will see, at the time at which it should have ended.
+    ///
+    /// Called at every event of the worker; between two, a queue of such requests is reckoned too long by what is done by then.
+    fn settle(&mut self, worker: Worker, now_ms: f64) {
+        let Self { accounts, requests, .. } = self;
+        let Some(account) = accounts.get_mut(&worker) else { return };
+        while let Some((id, prefill_ms)) = account.order.front().copied() {
+            let ends_ms = account.load.prefill_since_ms + prefill_ms;
+            match requests.get_mut(&id).filter(|r| r.worker == worker && r.first.is_none()) {
+                Some(request) if request.streams || ends_ms > now_ms => break,
+                Some(request) => {
+                    account.begin_decode(request, ends_ms);
+                    account.load.prefill_since_ms = ends_ms;
+                }
+                None => {}
+            }
+            account.order.pop_front();
+        }
+        account.load.head_prefill_ms = account.order.front().map_or(0.0, |head| head.1);
     }
 
     /// Whether this request is in flight and without its first token.
@@ -260,6 +283,8 @@ impl Ledger {
 
     /// The request ended, whatever ended it: all that it reserved is released. `None` if it had ended before or never began.
     pub(crate) fn end(&mut self, id: RequestId, now_ms: f64) -> Option<InFlight> {
+        let worker = self.requests.get(&id)?.worker;
+        self.settle(worker, now_ms);
         let request = self.requests.remove(&id)?;
         let account =
             self.accounts.get_mut(&request.worker).expect("an account lives while a request is booked on it");
@@ -313,6 +338,15 @@ impl Ledger {
 }
 
 impl Account {
+    fn begin_decode(&mut self, request: &mut InFlight, now_ms: f64) {
+        self.end_prefill(request);
+        self.load.decode_requests += 1;
+        self.load.decode_tokens += u64::from(request.prompt_tokens) + 1;
+        self.load.output_tokens += 1;
+        request.first = Some((now_ms, self.load));
+        request.output = 1;
+    }
+
     fn end_prefill(&mut self, request: &InFlight) {
         self.load.prefill_requests -= 1;
         self.load.prefill_tokens -= u64::from(request.prompt_tokens - request.cached_tokens);

@@ -60,6 +60,9 @@ pub struct Request<'a> {
     pub expected_output_tokens: Option<u32>,
     /// The request's own limit on output tokens; caps every expectation.
     pub max_output_tokens: Option<u32>,
+    /// Whether its first token will be seen when it comes. The answer of a request that does not stream comes whole; the end of its prefill is
+    /// reckoned, and teaches nothing of the worker's speed.
+    pub streams: bool,
     /// Only this worker (or these) may serve it.
     pub pinned: Option<Pin>,
     /// Where it must or would rather go.
@@ -85,6 +88,7 @@ impl Request<'_> {
             prompt_bytes: 0,
             expected_output_tokens: None,
             max_output_tokens: None,
+            streams: true,
             pinned: None,
             wishes: Wishes { required: &[], preferred: &[], allowed: None },
             priority: 0,

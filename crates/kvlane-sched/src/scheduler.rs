@@ -159,6 +159,7 @@ impl Scheduler {
             cached_tokens,
             prefill_ms,
             now_ms,
+            streams: request.streams,
             model: request.model,
             blocks: request.blocks,
             block_id_tokens: request.block_id_tokens,
@@ -173,7 +174,9 @@ impl Scheduler {
 
     /// The first token of a request came at `now_ms`. Repetitions and unknown ids change nothing.
     pub fn first_token(&mut self, id: RequestId, now_ms: f64) {
-        if let Some(request) = self.ledger.first_token(id, now_ms) {
+        if let Some(request) = self.ledger.first_token(id, now_ms)
+            && request.streams
+        {
             let factor = self.learnt.rates(request.worker).prefill_factor;
             self.learnt.prefilled(&Prefilled {
                 worker: request.worker,
@@ -198,7 +201,7 @@ impl Scheduler {
     /// The request ended, however it did. Idempotent.
     pub fn end(&mut self, id: RequestId, now_ms: f64) {
         let Some(request) = self.ledger.end(id, now_ms) else { return };
-        let Some((first_ms, load)) = request.first else { return };
+        let Some((first_ms, load)) = request.first.filter(|_| request.streams) else { return };
         let now_load = self.ledger.load(request.worker);
         let prior = Rates::default();
         let step_ms = |load: &Load| prior.step_ms(load.decode_requests, load.decode_tokens);

@@ -163,6 +163,7 @@ fn the_ledger_returns_to_zero() {
                         prompt_tokens,
                         cached_tokens: rng.below(600) as u32,
                         prefill_ms: rng.unit() * 100.0,
+                        streams: rng.below(2) == 0,
                         model: 0,
                         now_ms: 0.0,
                         blocks: &blocks,
@@ -213,6 +214,7 @@ fn shared_blocks_are_counted_once() {
             prompt_tokens: 40,
             cached_tokens: 0,
             prefill_ms: 1.0,
+            streams: true,
             model: 0,
             now_ms: 0.0,
             blocks: &[11, 12],
@@ -474,6 +476,7 @@ fn a_queue_is_computed_from_its_head() {
             prompt_tokens: 10,
             cached_tokens: 0,
             prefill_ms,
+            streams: true,
             model: 0,
             now_ms: 0.0,
             blocks: &[],
@@ -490,4 +493,33 @@ fn a_queue_is_computed_from_its_head() {
     assert_eq!(ledger.load(worker).queue_ms(5_050.0), 50.0);
     ledger.end(RequestId(3), 5_060.0);
     assert_eq!(ledger.load(worker).queue_ms(5_060.0), 0.0);
+}
+
+/// The first byte of an answer that does not stream comes with its last: taken for a first token, it made every worker that answers such requests look many
+/// times slower than it is, and kept their prefill in its queue until they ended.
+#[test]
+fn answers_that_come_whole_teach_nothing_and_leave_the_queue_in_time() {
+    let profile = Profile::new(16);
+    let candidates = candidates(&profile, 1);
+    let mut s = scheduler("kv");
+    let mut rng = Rng::new(1);
+    let worker = candidates[0].worker;
+    let mut request = Request::new(RequestId(0), 4_000);
+    request.streams = false;
+    for id in 0..5 {
+        request.id = RequestId(id);
+        book(&mut s, &request, &candidates, &mut rng);
+    }
+    let each_ms = s.ledger().load(worker).head_prefill_ms;
+    // The event of one shows what is done of all.
+    s.end(RequestId(4), 2.5 * each_ms);
+    let load = s.ledger().load(worker);
+    assert_eq!((load.prefill_requests, load.decode_requests), (2, 2));
+    assert!((load.queue_ms(2.5 * each_ms) - 1.5 * each_ms).abs() < 1e-6);
+    for id in 0..4 {
+        s.first_token(RequestId(id), 20_000.0);
+        s.end(RequestId(id), 20_000.0);
+    }
+    assert_eq!(s.ledger().load(worker).requests(), 0);
+    assert_eq!(s.rates(worker), rates::Rates::default());
 }

@@ -125,8 +125,11 @@ impl InFlight {
         let now = Instant::now();
         self.first_byte = Some(now);
         self.upstream.metrics.first_byte.observe(now - self.arrived);
-        let id = self.request_id();
-        self.gateway.desk(|desk, now_ms| desk.scheduler.first_token(id, now_ms));
+        // An answer that comes whole says nothing of when its first token was there.
+        if self.record.stream {
+            let id = self.request_id();
+            self.gateway.desk(|desk, now_ms| desk.scheduler.first_token(id, now_ms));
+        }
     }
 
     /// Another piece of a stream is here: about a token.

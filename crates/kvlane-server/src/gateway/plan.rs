@@ -55,6 +55,7 @@ pub(crate) struct Plan {
     /// Stands for the model in what the scheduler learns.
     model: u64,
     max_output_tokens: Option<u32>,
+    streams: bool,
     pinned: Option<Pin>,
     session: Option<u64>,
     ledger_ids: Vec<u64>,
@@ -109,8 +110,13 @@ impl Gateway {
                 .fields
                 .and_then(|f| f.max_tokens)
                 .map(|n| u32::try_from(n).unwrap_or(u32::MAX)),
+            streams: ask.fields.is_some_and(|f| f.stream),
             pinned,
-            session: ask.fields.and_then(|f| f.session_id.as_deref()).map(|id| xxh3_64(id.as_bytes())),
+            session: ask
+                .fields
+                .and_then(|f| f.session_id.as_deref().map(str::as_bytes))
+                .or_else(|| session_header(ask.headers))
+                .map(xxh3_64),
             ledger_ids: Vec::new(),
             ledger_id_tokens: 0,
             unaudited: match ask.fields {
@@ -334,6 +340,7 @@ impl Plan {
             prompt_bytes: self.prompt_bytes,
             expected_output_tokens: None,
             max_output_tokens: self.max_output_tokens,
+            streams: self.streams,
             pinned: self.pinned,
             wishes: Wishes::default(),
             priority: 0,
@@ -429,6 +436,17 @@ fn longest(serving: &[Arc<Instance>], fields: Option<&Arc<RequestFields>>) -> u6
     serving.iter().filter_map(|i| context(i, fields)).max().unwrap_or(0)
 }
 
+/// The session that a client names in a header. In this order: the plain ones, then Dynamo's and that which load generators send for each conversation.
+fn session_header(headers: &HeaderMap) -> Option<&[u8]> {
+    const NAMES: [&str; 4] =
+        ["x-session-id", "x-session-affinity", "x-dynamo-session-id", "x-correlation-id"];
+    NAMES
+        .iter()
+        .filter_map(|name| headers.get(*name))
+        .map(hyper::header::HeaderValue::as_bytes)
+        .find(|v| !v.is_empty())
+}
+
 fn rank_pin(value: &hyper::header::HeaderValue) -> Result<Pin, ClientError> {
     value
         .to_str()
@@ -470,4 +488,20 @@ pub(crate) fn ledger_ids(hashes: &[BlockHash], block_size: u32, out: &mut Vec<u6
         out.push(chain);
     }
     stride.saturating_mul(block_size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_header_that_names_a_session_counts() {
+        let mut headers = HeaderMap::new();
+        assert_eq!(session_header(&headers), None);
+        headers.insert("x-correlation-id", "c".parse().expect("a header"));
+        headers.insert("x-session-affinity", "".parse().expect("a header"));
+        assert_eq!(session_header(&headers), Some(&b"c"[..]));
+        headers.insert("X-Session-ID", "s".parse().expect("a header"));
+        assert_eq!(session_header(&headers), Some(&b"s"[..]));
+    }
 }

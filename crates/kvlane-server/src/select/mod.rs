@@ -237,6 +237,7 @@ impl Ask {
             prompt_bytes: 0,
             expected_output_tokens: self.expected_output_tokens,
             max_output_tokens: self.max_output_tokens,
+            streams: true,
             pinned: self.pinned,
             wishes: Wishes::default(),
             priority: 0,
