@@ -2,6 +2,7 @@
 
 use crate::fleet::{self, FleetConfig};
 use crate::gateway::{Gateway, GatewayConfig, TokenizerSetting};
+use crate::state::{self, Sources, StateDirError, keep};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -11,6 +12,7 @@ use std::convert::Infallible;
 use std::hash::{BuildHasher, Hasher};
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,6 +53,12 @@ pub struct ServeConfig {
     pub allow_admin: bool,
     /// How long running requests may take to end after the shutdown began.
     pub drain: Duration,
+    /// Where what is known of the caches is kept over a restart; `None` = nowhere.
+    pub state_dir: Option<PathBuf>,
+    /// Time between two saves there.
+    pub save_every: Duration,
+    /// Base URLs of other routers over the same engines; a name may stand for several. With peers, this router gives its own images too.
+    pub peers: Vec<String>,
 }
 
 impl ServeConfig {
@@ -65,6 +73,9 @@ impl ServeConfig {
             max_connections: 16_384,
             allow_admin: false,
             drain: Duration::from_secs(30),
+            state_dir: None,
+            save_every: Duration::from_secs(30),
+            peers: Vec::new(),
         }
     }
 }
@@ -75,6 +86,9 @@ pub enum ServeError {
     /// The address cannot be listened on: choose another.
     #[error("cannot listen on {0}: {1}")]
     Listen(SocketAddr, io::Error),
+    /// The state directory cannot be used.
+    #[error(transparent)]
+    State(#[from] StateDirError),
 }
 
 /// A running router.
@@ -112,6 +126,9 @@ pub async fn serve(config: ServeConfig, shutdown: CancellationToken) -> Result<S
         max_connections,
         allow_admin,
         drain,
+        state_dir,
+        save_every,
+        peers,
     } = config;
     let listener = bind(listen).map_err(|error| ServeError::Listen(listen, error))?;
     let address = listener.local_addr().map_err(|error| ServeError::Listen(listen, error))?;
@@ -119,8 +136,17 @@ pub async fn serve(config: ServeConfig, shutdown: CancellationToken) -> Result<S
     // The fleet and the gateway outlive the shutdown's beginning: running requests need them.
     let stop = CancellationToken::new();
     fleet_config.cache_aware = policy.needs_cache_knowledge();
+    let (state, saved) = state::open(state_dir.as_deref()).await?;
+    let replicated = !peers.is_empty();
+    if state.is_some() || replicated {
+        fleet_config.sources = Some(Sources::new(saved, seed(), move || peers.clone()));
+    }
     let fleet = fleet::start(&fleet_config, &stop);
-    let gateway_config = GatewayConfig { policy, tokenizer, max_body_bytes, allow_admin, seed: seed() };
+    // Saved for the last time before the streams end.
+    let save = CancellationToken::new();
+    let keeping = state.map(|dir| tokio::spawn(keep(dir, fleet.clone(), save_every, save.clone())));
+    let gateway_config =
+        GatewayConfig { policy, tokenizer, max_body_bytes, allow_admin, replicated, seed: seed() };
     let gateway = Gateway::start(fleet.clone(), gateway_config, &stop);
     tracing::info!(%address, workers = fleet_config.workers.len(), "listening");
 
@@ -148,6 +174,12 @@ pub async fn serve(config: ServeConfig, shutdown: CancellationToken) -> Result<S
         accepting.abort();
         cut.cancel();
         connections.wait().await;
+        save.cancel();
+        if let Some(keeping) = keeping
+            && let Err(error) = keeping.await
+        {
+            tracing::warn!(%error, "the last state was not saved");
+        }
         stop.cancel();
         fleet.stopped().await;
         tracing::info!("ended");

@@ -46,6 +46,20 @@ pub(crate) struct Args {
     #[arg(long)]
     allow_admin: bool,
 
+    /// Directory in which what is known of the caches is kept over a restart; used again only where an engine's stream proves that it goes on
+    /// there.
+    #[arg(long, value_name = "PATH")]
+    state_dir: Option<PathBuf>,
+
+    /// Seconds between two saves there; the last one is at the end.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
+    save_every: u64,
+
+    /// Base URL of another kvlane router over the same engines; repeat for each. What an engine has forgotten is asked from it, and it may ask
+    /// here (GET /kvlane/snapshot).
+    #[arg(long = "peer", value_name = "URL")]
+    peers: Vec<String>,
+
     /// Seconds that running requests get to end after SIGTERM.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     drain: u64,
@@ -53,8 +67,19 @@ pub(crate) struct Args {
 
 /// Runs until SIGTERM or SIGINT.
 pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
-    let Args { workers, listen, policy, tokenizer, max_body_bytes, max_connections, allow_admin, drain } =
-        args;
+    let Args {
+        workers,
+        listen,
+        policy,
+        tokenizer,
+        max_body_bytes,
+        max_connections,
+        allow_admin,
+        drain,
+        state_dir,
+        save_every,
+        peers,
+    } = args;
     let policy: Box<dyn Policy> = policy.parse().context("--policy")?;
     let tokenizer = match tokenizer {
         None => TokenizerSetting::Auto,
@@ -75,6 +100,9 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
         max_connections,
         allow_admin,
         drain: Duration::from_secs(drain),
+        state_dir,
+        save_every: Duration::from_secs(save_every),
+        peers,
         ..ServeConfig::new(listen, FleetConfig::new(workers))
     };
     let shutdown = CancellationToken::new();

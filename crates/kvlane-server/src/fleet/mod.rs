@@ -16,14 +16,15 @@ pub use view::{
 
 use crate::config::{Endpoint, WorkerSpec};
 use crate::ingest::{RankCounters, RankStats};
+use crate::state::{Followed, Image, Origin, Ranks, Sources};
 use arc_swap::ArcSwap;
 use kvlane_index::{InstanceId, Worker};
 use partitions::Partitions;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -43,6 +44,8 @@ pub struct FleetConfig {
     pub probe_timeout: Duration,
     /// Failed probes in a row that make a healthy instance dead.
     pub failures_to_dead: u32,
+    /// Where streams may go on from whose beginning an engine has forgotten.
+    pub(crate) sources: Option<Sources>,
 }
 
 impl FleetConfig {
@@ -54,6 +57,7 @@ impl FleetConfig {
             probe_interval: Duration::from_secs(2),
             probe_timeout: Duration::from_secs(2),
             failures_to_dead: 3,
+            sources: None,
         }
     }
 }
@@ -116,9 +120,44 @@ impl Fleet {
         }
     }
 
+    /// Whether a process of this name, as it calls itself to its peers, is this one.
+    pub(crate) fn is_called(&self, name: &str) -> bool {
+        self.shared.sources.as_ref().is_some_and(|sources| format!("{:016x}", sources.boot()) == name)
+    }
+
+    /// What a followed rank holds, as a replica may use it; `None`: it is not followed, or not in step now.
+    pub(crate) async fn image(&self, origin: &Origin) -> Option<Image> {
+        let found = self.shared.followed().values().find(|f| f.header.origin == *origin).cloned();
+        found?.image().await
+    }
+
     /// Waits until every task of the fleet has ended (after its token was cancelled).
     pub async fn stopped(&self) {
         self.shared.tasks.wait().await;
+    }
+}
+
+impl Ranks for Fleet {
+    async fn images(&self, out: mpsc::Sender<Image>) {
+        let followed: Vec<Followed> = self.shared.followed().values().cloned().collect();
+        let sources = self.shared.sources.as_ref();
+        let mut saved = HashSet::new();
+        for rank in followed {
+            let origin = rank.header.origin.clone();
+            let unclaimed = || sources.and_then(|sources| sources.unclaimed(&origin));
+            if let Some(image) = rank.image().await.or_else(unclaimed)
+                && out.send(image).await.is_err()
+            {
+                return;
+            }
+            saved.insert(origin);
+        }
+        // Of engines that are away for now.
+        for image in sources.map(|sources| sources.unclaimed_but(&saved)).unwrap_or_default() {
+            if out.send(image).await.is_err() {
+                return;
+            }
+        }
     }
 }
 
@@ -155,6 +194,8 @@ pub fn start(config: &FleetConfig, stop: &CancellationToken) -> Fleet {
         partitions: Partitions::default(),
         counters: Mutex::default(),
         claims: Mutex::default(),
+        followed: Mutex::default(),
+        sources: config.sources.clone(),
         tasks: TaskTracker::new(),
     });
     for (spec, id) in config.workers.iter().zip(0..) {
@@ -212,6 +253,9 @@ struct Shared {
     counters: Mutex<BTreeMap<Worker, Arc<RankCounters>>>,
     /// Which instance follows which publisher: two must not share one.
     claims: Mutex<HashMap<Endpoint, InstanceId>>,
+    /// The ranks whose streams are followed now.
+    followed: Mutex<BTreeMap<Worker, Followed>>,
+    sources: Option<Sources>,
     tasks: TaskTracker,
 }
 
@@ -223,6 +267,10 @@ impl Shared {
     fn counters(&self, worker: Worker) -> Arc<RankCounters> {
         let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(counters.entry(worker).or_default())
+    }
+
+    fn followed(&self) -> MutexGuard<'_, BTreeMap<Worker, Followed>> {
+        self.followed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn claims(&self) -> MutexGuard<'_, HashMap<Endpoint, InstanceId>> {

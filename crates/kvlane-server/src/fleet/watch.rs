@@ -13,14 +13,15 @@ use super::probe::{self, GetError};
 use super::{Facts, FleetConfig, Health, Partition, Publisher, Rank, Shared, Signs, Source, Trust};
 use crate::clock;
 use crate::config::{EventsSetting, WorkerSpec};
-use crate::ingest::{Following, Report, Work, follow};
+use crate::ingest::{Beginnings, Following, Report, Work, follow};
+use crate::state::{Followed, Header, IMAGE_WAIT_MS, Origin};
 use kvlane_events::stream::{Limits, StreamConfig};
 use kvlane_index::hash::Scheme;
 use kvlane_index::{InstanceId, Worker};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -120,6 +121,9 @@ impl Watch {
         for publisher in &facts.publishers {
             let worker = Worker { instance: self.id, rank: publisher.rank };
             let again = watch::Sender::new(0);
+            // One question at a time is enough: whoever asks waits for the answer.
+            let (images, asked) = mpsc::channel(1);
+            let header = self.header(publisher, &facts);
             let following = Following {
                 worker,
                 publisher: publisher.clone(),
@@ -129,16 +133,20 @@ impl Watch {
                     topic: publisher.topic.as_ref().map(|t| t.clone().into_bytes()),
                     replay: publisher.replay.is_some(),
                     snapshots: false,
-                    limits: Limits::default(),
+                    limits: Limits { snapshot_ms: IMAGE_WAIT_MS, ..Limits::default() },
                 },
                 scheme: Scheme::default(),
                 lane: partition.lane.clone(),
                 counters: self.shared.counters(worker),
                 process_start: process_start.subscribe(),
                 relearn: again.subscribe(),
-                beginnings: None,
-                images: tokio::sync::mpsc::channel(1).1,
+                beginnings: self.config.sources.clone().map(|sources| {
+                    let origin = header.origin.clone();
+                    Beginnings { sources, origin }
+                }),
+                images: asked,
             };
+            self.shared.followed().insert(worker, Followed { header, images });
             let seen = self.signs.distrusted.borrow().get(&publisher.rank).copied().unwrap_or(0);
             relearn.push((publisher.rank, seen, again));
             publishers
@@ -166,6 +174,20 @@ impl Watch {
             true
         });
         Attached { facts, partition, publishers, process_start, relearn }
+    }
+
+    /// What is said of images of a publisher's rank.
+    fn header(&self, publisher: &Publisher, facts: &Facts) -> Header {
+        let origin = Origin {
+            endpoint: publisher.events.to_string(),
+            rank: publisher.rank,
+            model: facts.base_model().to_owned(),
+            group: "default".to_owned(),
+            block_size: facts.block_size.tokens(),
+            scheme: Scheme::default().id(),
+        };
+        let replay = publisher.replay.as_ref().map(ToString::to_string);
+        Header { origin, instance: self.id.0, replay, position: None, taken_unix_s: 0.0 }
     }
 
     fn ranks(&self, facts: &Facts, now: Instant) -> Vec<Rank> {
@@ -305,6 +327,7 @@ impl Watch {
             });
         }
         publishers.shutdown().await;
+        self.shared.followed().retain(|worker, _| worker.instance != self.id);
         self.shared.claims().retain(|_, owner| *owner != self.id);
         for rank in 0..facts.ranks {
             let worker = Worker { instance: self.id, rank };

@@ -15,6 +15,7 @@ mod parity;
 mod plan;
 mod prompts;
 mod routes;
+mod snapshot;
 mod status;
 mod table;
 mod upstream;
@@ -89,6 +90,8 @@ pub(crate) struct GatewayConfig {
     pub max_body_bytes: u64,
     /// Whether administrative paths are passed on.
     pub allow_admin: bool,
+    /// Whether other routers may ask for images.
+    pub replicated: bool,
     /// Seeds ids and draws.
     pub seed: u64,
 }
@@ -108,6 +111,7 @@ pub(crate) struct Gateway {
     cache_aware: bool,
     max_body_bytes: u64,
     allow_admin: bool,
+    replicated: bool,
     began: Instant,
     draining: AtomicBool,
 }
@@ -116,7 +120,7 @@ impl Gateway {
     /// A gateway over `fleet`, with its background tasks, which end with `stop`.
     pub(crate) fn start(fleet: Fleet, config: GatewayConfig, stop: &CancellationToken) -> Arc<Self> {
         let metrics = Arc::new(Metrics::new());
-        let GatewayConfig { policy, tokenizer, max_body_bytes, allow_admin, seed } = config;
+        let GatewayConfig { policy, tokenizer, max_body_bytes, allow_admin, replicated, seed } = config;
         let prompts = Arc::new(Prompts::new(tokenizer));
         let table = Arc::new(ArcSwap::from_pointee(Table::new(&fleet, &Table::default(), &metrics)));
         let witness = FleetWitness {
@@ -138,6 +142,7 @@ impl Gateway {
             metrics,
             max_body_bytes,
             allow_admin,
+            replicated,
             began: Instant::now(),
             draining: AtomicBool::new(false),
         });
@@ -208,6 +213,7 @@ impl Gateway {
             Route::Metrics => Ok(self.metrics_text()),
             Route::Workers => Ok(self.workers()),
             Route::Explain => self.explanation(path),
+            Route::Snapshot => self.snapshot(head.uri.query().unwrap_or_default()).await,
         };
         answered.unwrap_or_else(|error| {
             self.metrics.rejected(error.reason());

@@ -26,6 +26,8 @@ pub(crate) enum Route {
     DryRun,
     /// What was decided for the request of the id that follows.
     Explain,
+    /// What one rank holds, for another router.
+    Snapshot,
     /// Changes an engine for everybody.
     Admin,
     /// Everything else of the engines: routed by load.
@@ -146,6 +148,7 @@ pub(crate) fn route(method: &hyper::Method, path: &str) -> Route {
         "/ready" if get => Route::Ready,
         "/metrics" if get => Route::Metrics,
         "/kvlane/workers" if get => Route::Workers,
+        "/kvlane/snapshot" if get => Route::Snapshot,
         "/kvlane/explain" if post => Route::DryRun,
         _ if get && path.starts_with(EXPLAIN_PREFIX) => Route::Explain,
         _ if get && path.starts_with(MODEL_PREFIX) => Route::Model,
@@ -186,6 +189,7 @@ mod tests {
             (Method::GET, "/metrics", Route::Metrics),
             (Method::POST, "/kvlane/explain", Route::DryRun),
             (Method::GET, "/kvlane/explain/abc", Route::Explain),
+            (Method::GET, "/kvlane/snapshot", Route::Snapshot),
             (Method::POST, "/v1/embeddings", Route::Other),
             (Method::POST, "/tokenize", Route::Other),
             (Method::POST, "/rerank", Route::Other),

@@ -1,20 +1,16 @@
 //! One registered publisher and how well it is heard.
 
 use super::partition::Partition;
-use crate::clock;
 use crate::config::Endpoint;
 use crate::fleet::{Publisher, Source, Trust};
 use crate::ingest::{Beginnings, Following, ImageReply, RankCounters, Report, follow};
-use crate::state::{Header, IMAGE_TIMEOUT, Image, Mark, Origin, Sources};
+use crate::state::{Followed, Header, IMAGE_WAIT_MS, Image, Origin, Sources};
 use kvlane_events::stream::{Limits, StreamConfig};
 use kvlane_events::wire::EngineKind;
 use kvlane_index::Worker;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-
-/// How long live batches wait for an image: a peer's of a large rank takes a while to come.
-const SNAPSHOT_MS: u64 = 20_000;
 
 /// How a listener is, in the reference's words.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -51,7 +47,8 @@ pub(crate) struct Listener {
     pub(crate) replay: Option<Endpoint>,
     pub(crate) counters: Arc<RankCounters>,
     trust: Arc<Mutex<Trust>>,
-    origin: Origin,
+    /// What is said of its images.
+    header: Header,
     sources: Sources,
     /// `None` while paused.
     task: Mutex<Option<Task>>,
@@ -83,6 +80,13 @@ impl Listener {
             block_size: partition.block_size.tokens(),
             scheme: partition.scheme.id(),
         };
+        let header = Header {
+            origin,
+            instance: worker.instance.0,
+            replay: replay.as_ref().map(ToString::to_string),
+            position: None,
+            taken_unix_s: 0.0,
+        };
         let connecting = Trust::Blind(format!("connecting to {endpoint}"));
         let listener = Self {
             worker,
@@ -90,7 +94,7 @@ impl Listener {
             replay,
             counters: Arc::default(),
             trust: Arc::new(Mutex::new(connecting)),
-            origin,
+            header,
             sources: sources.clone(),
             task: Mutex::default(),
         };
@@ -121,7 +125,7 @@ impl Listener {
                 topic: None,
                 replay: publisher.replay.is_some(),
                 snapshots: true,
-                limits: Limits { snapshot_ms: SNAPSHOT_MS, ..Limits::default() },
+                limits: Limits { snapshot_ms: IMAGE_WAIT_MS, ..Limits::default() },
             },
             scheme: partition.scheme,
             publisher,
@@ -129,7 +133,10 @@ impl Listener {
             counters: Arc::clone(&self.counters),
             process_start: process_start.subscribe(),
             relearn: relearn.subscribe(),
-            beginnings: Some(Beginnings { sources: self.sources.clone(), origin: self.origin.clone() }),
+            beginnings: Some(Beginnings {
+                sources: self.sources.clone(),
+                origin: self.header.origin.clone(),
+            }),
             images: asked,
         };
         let report = Reporter(Arc::clone(&self.trust));
@@ -152,29 +159,14 @@ impl Listener {
     /// What the rank holds, and up to where of its stream; `None` while that is in question.
     pub(crate) async fn image(&self) -> Option<Image> {
         let images = self.task().as_ref()?.images.clone();
-        let (reply, answer) = oneshot::channel();
-        images.send(reply).await.ok()?;
-        let (position, events) = tokio::time::timeout(IMAGE_TIMEOUT, answer).await.ok()?.ok()?;
-        let header = self.header(Some(Mark::from(&position)));
-        tokio::task::spawn_blocking(move || Image::new(header, &events)).await.ok()
+        Followed { header: self.header.clone(), images }.image().await
     }
 
     /// What is saved for the rank: what it holds; what it held when the process began, as long as its stream has not asked for that; at
     /// least that it is followed.
     pub(crate) async fn image_to_save(&self) -> Image {
-        let unclaimed = || self.sources.unclaimed(&self.origin);
-        let image = self.image().await.or_else(unclaimed);
-        image.unwrap_or_else(|| Image::new(self.header(None), &[]))
-    }
-
-    fn header(&self, position: Option<Mark>) -> Header {
-        Header {
-            origin: self.origin.clone(),
-            instance: self.worker.instance.0,
-            replay: self.replay.as_ref().map(ToString::to_string),
-            position,
-            taken_unix_s: clock::unix_s(),
-        }
+        let image = self.image().await.or_else(|| self.sources.unclaimed(&self.header.origin));
+        image.unwrap_or_else(|| Image::new(self.header.clone(), &[]))
     }
 
     pub(crate) fn is_paused(&self) -> bool {

@@ -24,7 +24,7 @@ pub use api::{DOCUMENT, ROUTES};
 use crate::config::Endpoint;
 use crate::http_server::{self, Limits};
 use crate::select::Selector;
-use crate::state::{Image, StateDir, StateDirError, keep};
+use crate::state::{self, Image, StateDirError, keep};
 use kvlane_index::BlockSize;
 use kvlane_index::hash::Scheme;
 use kvlane_sched::Policy;
@@ -32,7 +32,7 @@ use registry::Registry;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinHandle;
@@ -194,7 +194,7 @@ pub async fn start(config: IndexerConfig, shutdown: CancellationToken) -> Result
     let listen = config.listen;
     let listener = http_server::bind(listen).map_err(|error| IndexerError::Listen(listen, error))?;
     let address = listener.local_addr().map_err(|error| IndexerError::Listen(listen, error))?;
-    let (state, saved) = load(config.state_dir.as_deref()).await?;
+    let (state, saved) = state::open(config.state_dir.as_deref()).await?;
     let followed: Vec<Registration> = saved
         .iter()
         .filter(|i| i.header.origin.scheme == config.scheme.id())
@@ -257,25 +257,6 @@ pub async fn start(config: IndexerConfig, shutdown: CancellationToken) -> Result
         tracing::info!("indexer ended");
     });
     Ok(Indexer { address, running })
-}
-
-/// Opens the state directory and reads it. A file that cannot be used is told and left out: all of it can be learnt anew.
-async fn load(path: Option<&Path>) -> Result<(Option<StateDir>, Vec<Image>), StateDirError> {
-    let Some(path) = path else { return Ok((None, Vec::new())) };
-    let dir = StateDir::open(path)?;
-    let (dir, loaded) = tokio::task::spawn_blocking(move || {
-        let loaded = dir.load();
-        (dir, loaded)
-    })
-    .await
-    .expect("reading a file does not panic");
-    let images = loaded.unwrap_or_else(|error| {
-        tracing::warn!(path = %path.display(), "the saved state is not used: {error}");
-        Vec::new()
-    });
-    let bytes: usize = images.iter().map(Image::bytes).sum();
-    tracing::info!(path = %path.display(), ranks = images.len(), bytes, "state directory open");
-    Ok((Some(dir), images))
 }
 
 /// The registration of the rank that an image is of.

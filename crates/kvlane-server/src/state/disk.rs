@@ -24,6 +24,25 @@ pub enum StateDirError {
     InUse(PathBuf),
 }
 
+/// Opens the state directory and reads it. A file that cannot be used is told and left out: all of it can be learnt anew.
+pub(crate) async fn open(path: Option<&Path>) -> Result<(Option<StateDir>, Vec<Image>), StateDirError> {
+    let Some(path) = path else { return Ok((None, Vec::new())) };
+    let dir = StateDir::open(path)?;
+    let (dir, loaded) = tokio::task::spawn_blocking(move || {
+        let loaded = dir.load();
+        (dir, loaded)
+    })
+    .await
+    .expect("reading a file does not panic");
+    let images = loaded.unwrap_or_else(|error| {
+        tracing::warn!(path = %path.display(), "the saved state is not used: {error}");
+        Vec::new()
+    });
+    let bytes: usize = images.iter().map(Image::bytes).sum();
+    tracing::info!(path = %path.display(), ranks = images.len(), bytes, "state directory open");
+    Ok((Some(dir), images))
+}
+
 /// A locked state directory.
 #[derive(Debug)]
 pub(crate) struct StateDir {

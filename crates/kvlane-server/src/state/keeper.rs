@@ -11,8 +11,6 @@ use tokio_util::sync::CancellationToken;
 const PAUSE_FACTOR: u32 = 20;
 /// Images on their way from the ranks to the disk.
 const IMAGES_WAITING: usize = 2;
-/// At the end a rank that does not answer holds up the others for so long.
-pub(crate) const IMAGE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Whoever has ranks to be saved.
 pub(crate) trait Ranks: Send + Sync + 'static {

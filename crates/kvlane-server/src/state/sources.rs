@@ -3,7 +3,7 @@
 use super::image::{Image, Origin};
 use crate::fleet::probe::get_large;
 use kvlane_index::hash::Scheme;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -108,6 +108,17 @@ impl Sources {
     /// The state directory's image of this stream, if its stream has not asked for it yet: what is saved for it until it does.
     pub(crate) fn unclaimed(&self, origin: &Origin) -> Option<Image> {
         self.shared.disk.lock().unwrap_or_else(PoisonError::into_inner).get(origin).cloned()
+    }
+
+    /// All such images but these streams'.
+    pub(crate) fn unclaimed_but(&self, streams: &HashSet<Origin>) -> Vec<Image> {
+        let disk = self.shared.disk.lock().unwrap_or_else(PoisonError::into_inner);
+        disk.values().filter(|image| !streams.contains(&image.header.origin)).cloned().collect()
+    }
+
+    /// What this process is called among its peers.
+    pub(crate) fn boot(&self) -> u64 {
+        self.shared.boot
     }
 
     fn claim(&self, origin: &Origin) -> Option<Image> {

@@ -7,6 +7,7 @@ mod client;
 mod decisions;
 mod document;
 mod replicas;
+mod routers;
 mod select;
 #[path = "../fleet/support.rs"]
 #[expect(dead_code, reason = "the fleet's tests use the rest of it")]

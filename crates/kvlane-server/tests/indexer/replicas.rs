@@ -9,13 +9,17 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// A directory that is gone at the end.
-struct Scratch(PathBuf);
+pub struct Scratch(PathBuf);
 
 impl Scratch {
-    fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("kvlane-{name}-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&path);
         Self(path)
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.0.clone()
     }
 }
 
@@ -35,11 +39,11 @@ async fn with_peer(peer: &Running) -> Running {
 }
 
 /// The `n`-th prompt, of two blocks that no other has.
-fn prompt(n: u32) -> Vec<u32> {
+pub fn prompt(n: u32) -> Vec<u32> {
     (n * 100..n * 100 + 8).collect()
 }
 
-fn nth(n: u32) -> Event {
+pub fn nth(n: u32) -> Event {
     stored(u64::from(n) * 10, &prompt(n), 4)
 }
 
