@@ -7,6 +7,7 @@ use kvlane_server::indexer::IndexerError;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// A directory that is gone at the end.
 pub struct Scratch(PathBuf);
@@ -109,6 +110,13 @@ async fn state_that_the_stream_does_not_continue_is_not_used() {
     rank.retain_last(1);
     let indexer = with_state(&scratch).await;
     indexer.until_query(&prompt(1), on_device(&[(7, 8)])).await;
+    // While the image is looked for and refused it is replaying.
+    for _ in 0..2000 {
+        if trust(&indexer).await != "replaying" {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     assert_eq!(trust(&indexer).await, "rebuilding");
     indexer.until_query(&prompt(0), on_device(&[])).await;
     indexer.stop().await;
@@ -193,7 +201,7 @@ async fn where_there_is_no_replay_a_batch_that_both_heard_is_the_proof() {
     for n in 0..200 {
         rank.publish(&[nth(n)]).await;
         let ask = json!({"token_ids": prompt(n), "model_name": "m"});
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
         if post(old.at, "/query", &ask).await.json() == on_device(&[(7, 8)]) {
             break;
         }
@@ -206,7 +214,7 @@ async fn where_there_is_no_replay_a_batch_that_both_heard_is_the_proof() {
         loop {
             rank.publish(&[nth(n)]).await;
             n += 1;
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
             let ask = json!({"token_ids": prompt(300), "model_name": "m"});
             let answer = post(new.at, "/query", &ask).await;
             if answer.status == 200 && answer.json() == on_device(&[(7, 8)]) {
@@ -214,9 +222,7 @@ async fn where_there_is_no_replay_a_batch_that_both_heard_is_the_proof() {
             }
         }
     };
-    tokio::time::timeout(std::time::Duration::from_secs(30), learnt)
-        .await
-        .expect("what the peer knew is known");
+    tokio::time::timeout(Duration::from_secs(30), learnt).await.expect("what the peer knew is known");
     old.stop().await;
     new.stop().await;
 }
