@@ -36,8 +36,8 @@ use std::sync::Arc;
 
 pub(crate) use shared::Shared;
 
-use crate::{Applied, GroupId, Held, IndexConfig, IndexStats, InstanceId, KvEvent, Worker};
-use names::Names;
+use crate::{Applied, BlockHash, GroupId, Held, IndexConfig, IndexStats, InstanceId, KvEvent, Worker};
+use names::{Home, Names};
 use ranks::{Map, Rank};
 use run_table::RunTableWriter;
 use runs::{Engines, Meta, Pages};
@@ -67,8 +67,9 @@ pub(crate) struct Tree {
     clock: u32,
     /// Scratch of `store`.
     prefixes: Vec<u64>,
-    /// Hashes of the names of a stretch, scratch as well.
-    hashes: Vec<u64>,
+    /// The contents of an event, the homes of names, and blocks with them: scratch as well.
+    contents: Vec<BlockHash>,
+    homes: Vec<(Home, u32)>,
 }
 
 impl Tree {
@@ -91,7 +92,8 @@ impl Tree {
             deadlines: BinaryHeap::new(),
             clock: 0,
             prefixes: Vec::new(),
-            hashes: Vec::new(),
+            contents: Vec::new(),
+            homes: Vec::new(),
         }
     }
 

@@ -82,6 +82,14 @@ struct Sub {
 #[derive(Debug)]
 pub(super) struct Names {
     subs: Box<[Sub; SUBS]>,
+    growths: u32,
+}
+
+/// A hash and its bucket, as long as the table does not grow.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Home {
+    hash: u64,
+    bucket: u32,
 }
 
 /// A hash of the engine hash; engines print anything from counters to SHA-256.
@@ -133,6 +141,12 @@ impl Sub {
     #[inline]
     fn home(&self, position: u64) -> usize {
         ((position * u64::from(self.width)) >> self.shift()) as usize
+    }
+
+    /// The hint of a hash.
+    #[inline]
+    fn hint_of(&self, hash: u64) -> u32 {
+        (((hash << SUB_BITS) >> (64 - self.bits)) as u32 % (1 << self.fine)) << ID_BITS
     }
 
     /// What a slot says beside the block.
@@ -231,16 +245,31 @@ impl Sub {
 impl Names {
     pub(super) fn new() -> Self {
         // Two bases, so that half of the sub-tables grow while the others are between two steps.
-        Self { subs: Box::new(std::array::from_fn(|i| Sub::new(4 + (i % 2) as u8))) }
+        Self { subs: Box::new(std::array::from_fn(|i| Sub::new(4 + (i % 2) as u8))), growths: 0 }
     }
 
-    /// Asks for the bucket of a hash, so that the loads of a batch overlap.
+    /// Asks for the bucket of a hash, so that the loads of a batch overlap, and says where it is until the table grows.
     #[inline]
-    pub(super) fn warm(&self, hash: u64) {
+    pub(super) fn warm(&self, hash: u64) -> Home {
         let sub = &self.subs[sub_of(hash)];
-        if let Some(bucket) = sub.buckets.get(sub.home(sub.position(hash))) {
+        let home = sub.home(sub.position(hash));
+        if let Some(bucket) = sub.buckets.get(home) {
             prefetch(bucket);
         }
+        Home { hash, bucket: home as u32 }
+    }
+
+    /// How often any part of the table has grown.
+    #[inline]
+    pub(super) fn growths(&self) -> u32 {
+        self.growths
+    }
+
+    /// Where a hash is at home.
+    #[inline]
+    pub(super) fn home(&self, hash: u64) -> Home {
+        let sub = &self.subs[sub_of(hash)];
+        Home { hash, bucket: sub.home(sub.position(hash)) as u32 }
     }
 
     /// The block for which `is_it` holds, among those that may have this hash.
@@ -267,15 +296,16 @@ impl Names {
 
     /// Enters a name, or gives the block that has it already; `name_of` gives the main name of any block.
     #[inline(always)]
-    pub(super) fn enter(&mut self, name: u64, hash: u64, block: u32, name_of: impl Fn(u32) -> u64) -> u32 {
+    pub(super) fn enter(&mut self, name: u64, home: Home, block: u32, name_of: impl Fn(u32) -> u64) -> u32 {
+        let Home { hash, bucket } = home;
         let sub = &mut self.subs[sub_of(hash)];
         if sub.live == sub.max {
+            self.growths += 1;
             sub.grow(|block| spread(name_of(block)));
+            return self.enter_elsewhere(name, hash, block, &name_of);
         }
-        let position = sub.position(hash);
-        let word = block | sub.hint(position);
-        let home = sub.home(position);
-        let bucket = &mut sub.buckets[home];
+        let word = block | sub.hint_of(hash);
+        let bucket = &mut sub.buckets[bucket as usize];
         let mut found = bucket.matches(tag(hash));
         while found != 0 {
             let other = bucket.slots[found.trailing_zeros() as usize] & ID;
@@ -308,9 +338,10 @@ impl Names {
     }
 
     #[inline]
-    pub(super) fn remove(&mut self, hash: u64, block: u32) {
+    pub(super) fn remove(&mut self, home: Home, block: u32) {
+        let Home { hash, bucket } = home;
         let sub = &mut self.subs[sub_of(hash)];
-        let home = sub.home(sub.position(hash));
+        let home = bucket as usize;
         let tag = tag(hash);
         let mut at = home;
         loop {
@@ -354,18 +385,18 @@ mod tests {
         let name_of = |block: u32| u64::from(block % 200_000) << 20;
         let mut names = Names::new();
         for block in 0..300_000 {
-            let owner = names.enter(name_of(block), spread(name_of(block)), block, name_of);
+            let owner = names.enter(name_of(block), names.home(spread(name_of(block))), block, name_of);
             assert_eq!(owner, if block < 200_000 { NONE } else { block - 200_000 });
         }
         for block in (0..200_000).step_by(2) {
-            names.remove(spread(name_of(block)), block);
+            names.remove(names.home(spread(name_of(block))), block);
         }
         for block in 0..200_000 {
             let found = names.find(spread(name_of(block)), |b| b == block);
             assert_eq!(found.is_some(), block % 2 == 1, "block {block}");
         }
         for block in 0..200_000 {
-            let owner = names.enter(name_of(block), spread(name_of(block)), block, name_of);
+            let owner = names.enter(name_of(block), names.home(spread(name_of(block))), block, name_of);
             assert_eq!(owner, if block % 2 == 0 { NONE } else { block });
         }
         let slots: usize = names.subs.iter().map(|sub| sub.buckets.len() * SLOTS).sum();

@@ -10,6 +10,7 @@ use std::sync::atomic::{Ordering::*, fence};
 
 use super::Tree;
 use super::names::spread;
+use super::prefetch::prefetch;
 use super::shared::{Class, HEADER, MAX_RUN, NONE, PAGE, Part, SetKind, VERSION, length, list, set_kind};
 use super::words::class_of;
 use crate::EngineHash;
@@ -546,39 +547,30 @@ impl Tree {
 
     fn forget_names(&mut self, run: u32, from: u32, to: u32) {
         let word3 = self.word(run, 3);
-        let Self { shared, engines, names, .. } = self;
-        if to - from == 1 {
-            let block = shared.block_at(word3, from);
-            let name = engines.get(block);
-            if name != NAMELESS {
-                names.remove(spread(name), block);
-                engines.set(block, NAMELESS);
-            }
-            return;
-        }
-        let stretch = |at: u32| {
-            let block = shared.block_at(word3, at);
-            (block, (PAGE - block % PAGE).min(to - at))
-        };
-        let mut warm = from;
+        let Self { shared, engines, names, homes, .. } = self;
         let mut at = from;
         while at < to {
-            // Two pages ahead: enough for their loads to overlap.
-            while warm < to && warm < at + 2 * PAGE {
-                let (block, count) = stretch(warm);
-                for name in engines.stretch(block, count) {
-                    names.warm(spread(*name));
-                }
-                warm += count;
+            // Some pages at once, so that the loads of their buckets overlap; and meanwhile those of the next pages' names.
+            homes.clear();
+            for page in (at + 4 * PAGE..(at + 8 * PAGE).min(to)).step_by(PAGE as usize) {
+                let names = engines.stretch(shared.block_at(word3, page) / PAGE * PAGE, PAGE);
+                prefetch(&names[0]);
+                prefetch(&names[8]);
             }
-            let (first, count) = stretch(at);
-            for (block, name) in (first..).zip(engines.stretch_mut(first, count)) {
-                if *name != NAMELESS {
-                    names.remove(spread(*name), block);
-                    *name = NAMELESS;
+            while at < to && homes.len() < 4 * PAGE as usize {
+                let first = shared.block_at(word3, at);
+                let count = (PAGE - first % PAGE).min(to - at);
+                for (block, name) in (first..).zip(engines.stretch_mut(first, count)) {
+                    if *name != NAMELESS {
+                        homes.push((names.warm(spread(*name)), block));
+                        *name = NAMELESS;
+                    }
                 }
+                at += count;
             }
-            at += count;
+            for &(home, block) in homes.iter() {
+                names.remove(home, block);
+            }
         }
     }
 
@@ -649,7 +641,7 @@ impl Tree {
             return false;
         }
         let Self { names, engines, .. } = self;
-        if names.enter(name.0, spread(name.0), block, |b| engines.get(b)) != NONE {
+        if names.enter(name.0, names.home(spread(name.0)), block, |b| engines.get(b)) != NONE {
             return false;
         }
         engines.set(block, name.0);

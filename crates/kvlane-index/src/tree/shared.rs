@@ -168,14 +168,14 @@ pub(super) struct Listed {
 
 impl Directory {
     fn new() -> Self {
-        let order = Words::new((2 * MAX_RANKS as usize).div_ceil(1 << super::words::CHUNK_BITS));
-        let kinds = Words::new((MAX_RANKS as usize).div_ceil(1 << super::words::CHUNK_BITS));
+        let order = Words::flat(2 * MAX_RANKS);
+        let kinds = Words::flat(MAX_RANKS);
         Self {
             version: AtomicU64::new(0),
             ranks: AtomicU32::new(0),
             bits: AtomicU32::new(0),
             hybrid: AtomicU32::new(0),
-            by_index: Words::new((2 * MAX_RANKS as usize).div_ceil(1 << super::words::CHUNK_BITS)),
+            by_index: Words::flat(2 * MAX_RANKS),
             order,
             kinds,
         }

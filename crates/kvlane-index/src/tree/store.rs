@@ -13,6 +13,9 @@ use super::shared::{Class, MAX_RUN, NONE, PAGE, length, set_kind};
 use crate::reference::MAX_COPIES;
 use crate::{Applied, BlockHash, EngineHash, StoredBlock};
 
+/// Blocks of an event from which on their contents are gathered, to be hashed several at a time.
+const WIDE: usize = 16;
+
 /// What a rank knows about a name.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Known {
@@ -328,9 +331,15 @@ impl Tree {
         let mut before = if after == NONE { self.shared.hasher.root() } else { self.prefix_of(after) };
         let mut prefixes = std::mem::take(&mut self.prefixes);
         prefixes.clear();
-        for (block, depth) in rest.iter().zip(depth..) {
-            before = self.shared.hasher.next(before, block.block, depth);
-            prefixes.push(before);
+        if rest.len() < WIDE {
+            for (block, depth) in rest.iter().zip(depth..) {
+                before = self.shared.hasher.next(before, block.block, depth);
+                prefixes.push(before);
+            }
+        } else {
+            self.contents.clear();
+            self.contents.extend(rest.iter().map(|stored| stored.block));
+            self.shared.hasher.append(before, &self.contents, depth, &mut prefixes);
         }
         let mut done = 0;
         while done < rest.len() {
@@ -366,8 +375,7 @@ impl Tree {
         if parent.0 == NAMELESS || name == NAMELESS || !self.rank(rank).plain() {
             return false;
         }
-        let hash = spread(name);
-        self.names.warm(hash);
+        let home = self.names.warm(spread(name));
         let Some(last) = self.main_block(parent.0) else { return false };
         let block = last + 1;
         let (run, at) = self.locate(last);
@@ -381,7 +389,7 @@ impl Tree {
             return false;
         }
         let Self { names, engines, .. } = self;
-        if names.enter(name, hash, block, |b| engines.get(b)) != NONE {
+        if names.enter(name, home, block, |b| engines.get(b)) != NONE {
             return false;
         }
         engines.set(block, name);
@@ -407,18 +415,15 @@ impl Tree {
         let word3 = self.word(segment.run, 3);
         self.rank_mut(rank).shown(class).names += blocks.len() as u64;
         applied.stored += blocks.len() as u32;
-        let mut hashes = std::mem::take(&mut self.hashes);
-        hashes.clear();
-        hashes.extend(blocks.iter().map(|stored| {
-            let hash = spread(stored.engine.0);
-            self.names.warm(hash);
-            hash
-        }));
+        let mut homes = std::mem::take(&mut self.homes);
+        homes.clear();
+        homes.extend(blocks.iter().map(|stored| (self.names.warm(spread(stored.engine.0)), 0)));
+        let growths = self.names.growths();
         let mut done = 0;
         while done < blocks.len() {
             let first = self.shared.block_at(word3, segment.from + done as u32);
             let here = ((PAGE - first % PAGE) as usize).min(blocks.len() - done);
-            let (blocks, hashes) = (&blocks[done..done + here], &hashes[done..done + here]);
+            let (blocks, homes) = (&blocks[done..done + here], &homes[done..done + here]);
             done += here;
             let Self { engines, names, ranks, .. } = self;
             let slots = engines.stretch_mut(first, here as u32);
@@ -428,9 +433,12 @@ impl Tree {
             let no_aliases = ranks[rank as usize].as_ref().is_some_and(|state| state.aliases.is_empty());
             let mut entered = 0;
             if no_aliases {
-                for (stored, &hash) in blocks.iter().zip(hashes) {
+                for (stored, &(mut home, _)) in blocks.iter().zip(homes) {
                     let (name, block) = (stored.engine.0, first + entered);
-                    if name == NAMELESS || names.enter(name, hash, block, |b| engines.get(b)) != NONE {
+                    if names.growths() != growths {
+                        home = names.home(spread(name));
+                    }
+                    if name == NAMELESS || names.enter(name, home, block, |b| engines.get(b)) != NONE {
                         break;
                     }
                     entered += 1;
@@ -446,7 +454,7 @@ impl Tree {
                 }
             }
         }
-        self.hashes = hashes;
+        self.homes = homes;
     }
 
     /// Names a fresh block; the name may mean something already, here or at another rank.

@@ -20,9 +20,9 @@ struct Chunk {
 }
 
 impl Chunk {
-    fn new() -> Self {
+    fn new(words: usize) -> Self {
         // Zeroed by the system when it is first touched, not here.
-        let words: Box<[AtomicU64]> = bytemuck::zeroed_slice_box(CHUNK + LINE);
+        let words: Box<[AtomicU64]> = bytemuck::zeroed_slice_box(words + LINE);
         let skip = words.as_ptr().align_offset(LINE * size_of::<u64>()).min(LINE);
         Self { words, skip }
     }
@@ -32,19 +32,26 @@ impl Chunk {
 #[derive(Debug)]
 pub(super) struct Words {
     chunks: Box<[OnceLock<Chunk>]>,
+    /// Words in each chunk.
+    chunk: usize,
 }
 
 impl Words {
     /// An array that may grow to `chunks` chunks of 2^16 words.
     pub(super) fn new(chunks: usize) -> Self {
-        Self { chunks: std::iter::repeat_with(OnceLock::new).take(chunks).collect() }
+        Self { chunks: std::iter::repeat_with(OnceLock::new).take(chunks).collect(), chunk: CHUNK }
+    }
+
+    /// An array of one chunk with no more than `words` words, at most 2^16.
+    pub(super) fn flat(words: u32) -> Self {
+        Self { chunk: words as usize, ..Self::new(1) }
     }
 
     /// Words from `at` to the end of its chunk; empty past the end of the array.
     #[inline]
     pub(super) fn from(&self, at: u32) -> &[AtomicU64] {
         match self.chunks.get((at >> CHUNK_BITS) as usize).and_then(OnceLock::get) {
-            Some(chunk) => &chunk.words[chunk.skip + (at as usize & (CHUNK - 1))..],
+            Some(chunk) => chunk.words.get(chunk.skip + (at as usize & (CHUNK - 1))..).unwrap_or(&[]),
             None => &[],
         }
     }
@@ -65,7 +72,7 @@ impl Words {
     pub(super) fn reach(&self, at: u32) -> bool {
         match self.chunks.get((at >> CHUNK_BITS) as usize) {
             Some(chunk) => {
-                chunk.get_or_init(Chunk::new);
+                chunk.get_or_init(|| Chunk::new(self.chunk));
                 true
             }
             None => false,
@@ -144,5 +151,9 @@ mod tests {
         assert!(words.reach(5));
         words.set(5, 7);
         assert_eq!(words.get(5), 7);
+        let words = Words::flat(100);
+        assert!(words.reach(0));
+        words.set(50_000, 7);
+        assert_eq!((words.get(99), words.get(50_000)), (0, 0));
     }
 }
