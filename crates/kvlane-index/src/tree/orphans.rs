@@ -292,8 +292,7 @@ impl Tree {
             }
             let mut done = 0;
             while done < prefixes.len() {
-                let segment =
-                    self.advance(at[at.len() - 1], depth, &prefixes[done..], rank, Class::PRIMARY, false);
+                let segment = self.advance(at[at.len() - 1], depth, &prefixes[done..], rank);
                 for i in segment.from..segment.from + segment.count {
                     at.push(self.block_at(segment.run, i));
                 }

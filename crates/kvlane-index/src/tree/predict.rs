@@ -7,7 +7,7 @@ use std::cmp::Reverse;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::Tree;
-use super::shared::{Class, NONE, set_kind};
+use super::shared::{NONE, set_kind};
 use crate::{BlockHash, Worker};
 
 /// A prediction in one run.
@@ -73,7 +73,7 @@ impl Tree {
         self.shared.hasher.extend(blocks, blocks.len(), &mut prefixes);
         let (mut after, mut done) = (NONE, 0);
         while done < prefixes.len() {
-            let segment = self.advance(after, done as u32, &prefixes[done..], rank, Class::PRIMARY, false);
+            let segment = self.advance(after, done as u32, &prefixes[done..], rank);
             let end = segment.from + segment.count;
             let mut list = self.predictions(segment.run);
             if add(&mut list, Prediction { rank, blocks: end, until_ms }) {

@@ -11,7 +11,7 @@ use std::sync::atomic::{Ordering::*, fence};
 use super::Tree;
 use super::names::spread;
 use super::prefetch::prefetch;
-use super::shared::{Class, HEADER, MAX_RUN, NONE, PAGE, Part, SetKind, VERSION, length, list, set_kind};
+use super::shared::{HEADER, MAX_RUN, NONE, PAGE, Part, SetKind, VERSION, length, list, set_kind};
 use super::words::class_of;
 use crate::EngineHash;
 
@@ -267,16 +267,8 @@ impl Tree {
     /// The next stretch of the prompt that follows `after` (`NONE`: the root, and `depth` 0) and continues with
     /// `prefixes`: at least one block, made if it is not there.
     ///
-    /// If it `holds`, blocks that had to be made are in that class of the rank at once.
-    pub(super) fn advance(
-        &mut self,
-        after: u32,
-        depth: u32,
-        prefixes: &[u64],
-        rank: u32,
-        class: Class,
-        holds: bool,
-    ) -> Segment {
+    /// Nobody holds the blocks that had to be made; they go again at the end of the event unless somebody does then.
+    pub(super) fn advance(&mut self, after: u32, depth: u32, prefixes: &[u64], rank: u32) -> Segment {
         let mut last = NONE;
         if after != NONE {
             let (run, at) = self.locate(after);
@@ -299,28 +291,15 @@ impl Tree {
         } else if self.may_grow(last, rank) {
             let from = self.len(last);
             self.metas[last as usize].touched = self.clock;
-            let stays_full = holds && class == Class::PRIMARY && self.metas[last as usize].full == 1;
-            if !stays_full {
-                self.demote_full(last);
-            }
+            self.demote_full(last);
             let count = self.append(last, &prefixes[..prefixes.len().min((MAX_RUN - from) as usize)]);
-            if !stays_full {
-                self.begin_holding(last, rank, class, from, count, holds);
-            }
+            self.dying.push(last);
             return Segment { run: last, from, count, fresh: true };
         }
         let count = prefixes.len().min(MAX_RUN as usize) as u32;
         let run = self.make_run(after, depth, &prefixes[..count as usize]);
-        self.begin_holding(run, rank, class, 0, count, holds);
+        self.dying.push(run);
         Segment { run, from: 0, count, fresh: true }
-    }
-
-    fn begin_holding(&mut self, run: u32, rank: u32, class: Class, from: u32, count: u32, holds: bool) {
-        if holds {
-            self.hold(run, rank, class, from, from + count);
-        } else {
-            self.dying.push(run);
-        }
     }
 
     /// A run may be lengthened by a rank if nothing follows it and no other rank holds it whole.

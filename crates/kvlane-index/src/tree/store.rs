@@ -345,7 +345,7 @@ impl Tree {
         while done < rest.len() {
             if !self.rank(rank).orphans.is_empty() {
                 // Orphans may move below each block of this event: one block at a time.
-                let segment = self.advance(after, depth, &prefixes[done..=done], rank, class, false);
+                let segment = self.advance(after, depth, &prefixes[done..=done], rank);
                 after = self.block_at(segment.run, segment.from);
                 self.store_one(rank, class, rest[done].engine.0, after, applied);
                 self.link(rank, rest[done].engine.0, after, applied);
@@ -353,11 +353,11 @@ impl Tree {
                 depth += 1;
                 continue;
             }
-            let segment = self.advance(after, depth, &prefixes[done..], rank, class, true);
+            let segment = self.advance(after, depth, &prefixes[done..], rank);
             let count = segment.count as usize;
             let blocks = &rest[done..done + count];
             if segment.fresh {
-                self.name_fresh(rank, class, segment, blocks, applied);
+                self.store_fresh(rank, class, segment, blocks, applied);
             } else {
                 self.store_known(rank, class, segment, blocks, applied);
             }
@@ -403,8 +403,10 @@ impl Tree {
         true
     }
 
-    /// Names the blocks of a stretch that was made, and is held, a moment ago.
-    fn name_fresh(
+    /// Stores blocks whose places were made a moment ago, and which nobody holds.
+    ///
+    /// They are held only when they are named: a name that the rank had elsewhere leaves there first, or a reader could see it twice.
+    fn store_fresh(
         &mut self,
         rank: u32,
         class: Class,
@@ -412,63 +414,90 @@ impl Tree {
         blocks: &[StoredBlock],
         applied: &mut Applied,
     ) {
-        let word3 = self.word(segment.run, 3);
-        self.rank_mut(rank).shown(class).names += blocks.len() as u64;
-        applied.stored += blocks.len() as u32;
-        let mut homes = std::mem::take(&mut self.homes);
-        homes.clear();
-        homes.extend(blocks.iter().map(|stored| (self.names.warm(spread(stored.engine.0)), 0)));
-        let growths = self.names.growths();
-        let mut done = 0;
-        while done < blocks.len() {
-            let first = self.shared.block_at(word3, segment.from + done as u32);
-            let here = ((PAGE - first % PAGE) as usize).min(blocks.len() - done);
-            let (blocks, homes) = (&blocks[done..done + here], &homes[done..done + here]);
-            done += here;
-            let Self { engines, names, ranks, .. } = self;
-            let slots = engines.stretch_mut(first, here as u32);
-            for (slot, stored) in slots.iter_mut().zip(blocks) {
-                *slot = stored.engine.0;
-            }
-            let no_aliases = ranks[rank as usize].as_ref().is_some_and(|state| state.aliases.is_empty());
-            let mut entered = 0;
-            if no_aliases {
-                for (stored, &(mut home, _)) in blocks.iter().zip(homes) {
-                    let (name, block) = (stored.engine.0, first + entered);
-                    if names.growths() != growths {
-                        home = names.home(spread(name));
-                    }
-                    if name == NAMELESS || names.enter(name, home, block, |b| engines.get(b)) != NONE {
-                        break;
-                    }
-                    entered += 1;
-                }
-            }
-            if entered == here as u32 {
-                continue;
-            }
-            engines.stretch_mut(first + entered, here as u32 - entered).fill(NAMELESS);
-            for (block, stored) in (first..).zip(blocks).skip(entered as usize) {
-                if !(self.rank(rank).aliases.is_empty() && self.give_main_name(block, stored.engine)) {
-                    self.name_one(rank, block, stored.engine, applied);
-                }
-            }
+        let Segment { run, from, .. } = segment;
+        let mut at = if self.rank(rank).aliases.is_empty() { self.enter_new(run, from, blocks) } else { 0 };
+        if at == blocks.len() {
+            self.hold_fresh(rank, class, run, from..from + at as u32, applied);
+            return;
         }
-        self.homes = homes;
+        let mut held = 0;
+        for (block, stored) in self.blocks_of(run, from, blocks).into_iter().skip(at) {
+            if self.known(rank, stored.engine.0) != Known::No
+                || !self.name_new(rank, block, stored.engine, run)
+            {
+                // The rank has the name elsewhere, or in this very stretch.
+                self.hold_fresh(rank, class, run, from + held as u32..from + at as u32, applied);
+                self.store_one(rank, class, stored.engine.0, block, applied);
+                held = at + 1;
+            }
+            at += 1;
+        }
+        self.hold_fresh(rank, class, run, from + held as u32..from + at as u32, applied);
     }
 
-    /// Names a fresh block; the name may mean something already, here or at another rank.
-    #[cold]
-    fn name_one(&mut self, rank: u32, block: u32, engine: EngineHash, applied: &mut Applied) {
-        if let Known::At(old) = self.known(rank, engine.0) {
-            applied.rebound += 1;
-            self.forget(rank, engine.0, old);
+    /// Enters the main names of fresh blocks up to the first whose name has a block already; how many.
+    fn enter_new(&mut self, run: u32, from: u32, blocks: &[StoredBlock]) -> usize {
+        let word3 = self.word(run, 3);
+        let Self { shared, engines, names, homes, .. } = self;
+        homes.clear();
+        homes.extend(blocks.iter().map(|stored| (names.warm(spread(stored.engine.0)), 0)));
+        let growths = names.growths();
+        let mut done = 0;
+        while done < blocks.len() {
+            let first = shared.block_at(word3, from + done as u32);
+            let here = ((PAGE - first % PAGE) as usize).min(blocks.len() - done);
+            let slots = engines.stretch_mut(first, here as u32);
+            for (slot, stored) in slots.iter_mut().zip(&blocks[done..]) {
+                *slot = stored.engine.0;
+            }
+            for entered in 0..here {
+                let (name, block) = (blocks[done].engine.0, first + entered as u32);
+                let home = if names.growths() == growths { homes[done].0 } else { names.home(spread(name)) };
+                if name == NAMELESS || names.enter(name, home, block, |b| engines.get(b)) != NONE {
+                    engines.stretch_mut(block, (here - entered) as u32).fill(NAMELESS);
+                    return done;
+                }
+                done += 1;
+            }
         }
-        if !self.give_main_name(block, engine) {
-            let state = self.rank_mut(rank);
-            state.aliases.insert(engine.0, block);
-            state.set_aliased(block, true);
+        done
+    }
+
+    /// The ids of neighbours in a run, with what is stored there.
+    fn blocks_of(&self, run: u32, from: u32, blocks: &[StoredBlock]) -> Vec<(u32, StoredBlock)> {
+        let word3 = self.word(run, 3);
+        (from..).zip(blocks).map(|(at, stored)| (self.shared.block_at(word3, at), *stored)).collect()
+    }
+
+    /// Names a fresh block with a name that the rank has nowhere; false if a block of the same run bears it.
+    fn name_new(&mut self, rank: u32, block: u32, engine: EngineHash, run: u32) -> bool {
+        if self.give_main_name(block, engine) {
+            return true;
         }
+        if self.main_block(engine.0).is_some_and(|other| self.locate(other).0 == run) {
+            return false;
+        }
+        let state = self.rank_mut(rank);
+        state.aliases.insert(engine.0, block);
+        state.set_aliased(block, true);
+        true
+    }
+
+    /// A rank holds fresh blocks under the names that they were given.
+    fn hold_fresh(
+        &mut self,
+        rank: u32,
+        class: Class,
+        run: u32,
+        blocks: std::ops::Range<u32>,
+        applied: &mut Applied,
+    ) {
+        if blocks.is_empty() {
+            return;
+        }
+        self.hold(run, rank, class, blocks.start, blocks.end);
+        self.rank_mut(rank).shown(class).names += u64::from(blocks.end - blocks.start);
+        applied.stored += blocks.end - blocks.start;
     }
 
     /// Stores blocks whose places exist.
