@@ -199,6 +199,16 @@ impl Groups {
         }
     }
 
+    /// Adds a set of ranks below 128.
+    #[inline]
+    pub(crate) fn add_pair(&mut self, depth: u32, words: [u64; 2]) {
+        let used = if words[1] != 0 { 2 } else { usize::from(words[0] != 0) };
+        if used > 0 {
+            self.sets.push((depth, self.words.len(), used));
+            self.words.extend_from_slice(&words);
+        }
+    }
+
     pub(crate) fn add(&mut self, depth: u32, words: &[u64]) {
         self.begin(words);
         self.end(depth);

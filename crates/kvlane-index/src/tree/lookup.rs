@@ -22,9 +22,9 @@ use crate::{BlockHash, DepthGroups, Overlap, Overlaps};
 
 /// Walks of one query along runs that keep changing.
 const MAX_WALKS: usize = 4;
-/// Blocks hashed before the first look whether the prompt still follows a run; twice as many before each further one, so that a
-/// prompt that leaves a long run early is not hashed to its end.
-const STRETCH: usize = 256;
+
+/// Ranks of a partition that are listed one by one, whoever holds something.
+const FEW: usize = 32;
 
 /// A run on the path of a prompt.
 #[derive(Clone, Copy, Debug)]
@@ -110,11 +110,7 @@ impl Shared {
         clear: impl Fn(&mut T),
     ) {
         // A prompt that nobody has seen ends here, after one look.
-        let first = match prompt.len() {
-            0 => None,
-            _ => self.run_at(prompt.prefix(1)),
-        };
-        let Some(first) = first else { return clear(out) };
+        let Some(first) = prompt.first().and_then(|prefix| self.run_at(prefix)) else { return clear(out) };
         SCRATCH.with_borrow_mut(|scratch| {
             prompt.swap(&mut scratch.between);
             if !self.find(&mut prompt, first, scratch, |s| fill(self, s, out)) {
@@ -167,33 +163,35 @@ impl Shared {
     }
 
     /// The run that begins with a prefix, with the words of its header.
-    #[inline]
+    #[inline(always)]
     fn run_at(&self, prefix: u64) -> Option<(u32, Header)> {
-        self.table.find(prefix, |run| {
-            let header = self.header(run);
-            let mut words = [header.first()?.load(Acquire), 0, 0, 0, 0, 0, 0, 0];
-            for (word, slot) in words[1..].iter_mut().zip(&header[1..]) {
-                *word = slot.load(Relaxed);
+        let mut words = [0; 8];
+        let run = self.table.find(prefix, |run| {
+            let header: &[_; 8] = self.header(run).try_into().ok()?;
+            words[0] = header[0].load(Acquire);
+            for at in 1..8 {
+                words[at] = header[at].load(Relaxed);
             }
-            (words[1] == prefix && length(words[0]) > 0).then_some((run, words))
-        })
+            (words[1] == prefix && length(words[0]) > 0).then_some(run)
+        })?;
+        Some((run, words))
     }
 
     /// Blocks of a run that the prompt goes through, the first of which it does.
     #[inline]
-    fn matched(&self, header: &Header, depth: usize, prompt: &mut impl Prompt) -> u32 {
+    fn matched<P: Prompt>(&self, header: &Header, depth: usize, prompt: &mut P) -> u32 {
         let len = length(header[0]) as usize;
         let avail = len.min(prompt.len() - depth);
-        let (mut low, mut high, mut stretch) = (1, avail, STRETCH);
+        let (mut low, mut high, mut stretch) = (1, avail, P::FIRST_LOOK);
         while low < avail {
-            let end = avail.min(low + stretch);
+            let end = avail.min(low.saturating_add(stretch));
             let stored = if end == len { header[2] } else { self.prefix_at(header[3], end as u32 - 1) };
             if prompt.prefix(depth + end) != stored {
                 high = end - 1;
                 break;
             }
             low = end;
-            stretch *= 2;
+            stretch = stretch.saturating_mul(2);
         }
         // The prompt follows the first `low` blocks; find where it leaves within `high`.
         while low < high {
@@ -212,7 +210,7 @@ impl Shared {
     fn walk(&self, prompt: &mut impl Prompt, first: Option<(u32, Header)>, path: &mut Vec<Step>) {
         path.clear();
         let mut depth = 0;
-        let mut next = first.or_else(|| self.run_at(prompt.prefix(1)));
+        let mut next = first.or_else(|| self.run_at(prompt.first()?));
         while let Some((run, header)) = next {
             let matched = self.matched(&header, depth, prompt);
             path.push(Step {
@@ -237,18 +235,26 @@ impl Shared {
     fn follow(&self, s: &mut Scratch) {
         let Scratch { path, active, groups, has_more, .. } = s;
         groups.clear();
-        *has_more = false;
-        for (at, step) in path.iter().enumerate() {
-            *has_more |= step.predictions != 0;
-            for item in self.items(step.parts) {
-                let part = Part::decode(item.load(Relaxed));
-                if part.class != Class::PRIMARY {
-                    *has_more = true;
-                } else if at == 0 || take_bit(active, part.rank) {
-                    let depth = step.depth + self.first_missing(part, 0).min(step.matched);
-                    groups.add_one(depth, part.rank);
+        *has_more = path.iter().any(|step| step.predictions != 0);
+        let end = path.last().map_or(0, Step::end);
+        if path.iter().all(|step| set_kind(step.word0) == SetKind::INLINE) {
+            // A fleet of up to 128 ranks: the sets are in the headers.
+            let mut active = [0; 2];
+            for (at, step) in path.iter().enumerate() {
+                *has_more |= self.follow_parts(step, (at > 0).then_some(&mut active[..]), groups);
+                if at == 0 {
+                    active = step.set;
+                    continue;
                 }
+                let left = [active[0] & !step.set[0], active[1] & !step.set[1]];
+                active = [active[0] & step.set[0], active[1] & step.set[1]];
+                groups.add_pair(step.depth, left);
             }
+            groups.add_pair(end, active);
+            return;
+        }
+        for (at, step) in path.iter().enumerate() {
+            *has_more |= self.follow_parts(step, (at > 0).then_some(&mut active[..]), groups);
             if at == 0 {
                 active.clear();
                 self.set_words(step, |word| active.push(word));
@@ -256,8 +262,23 @@ impl Shared {
                 self.intersect(step, active, groups);
             }
         }
-        let depth = path.last().map_or(0, Step::end);
-        groups.add(depth, active);
+        groups.add(end, active);
+    }
+
+    /// Groups those who hold a part of a run, if they got here (`None`: it is the first run); whether the run has other classes too.
+    #[inline]
+    fn follow_parts(&self, step: &Step, mut active: Option<&mut [u64]>, groups: &mut Groups) -> bool {
+        let mut others = false;
+        for item in self.items(step.parts) {
+            let part = Part::decode(item.load(Relaxed));
+            if part.class != Class::PRIMARY {
+                others = true;
+            } else if active.as_mut().is_none_or(|active| take_bit(active, part.rank)) {
+                let depth = step.depth + self.first_missing(part, 0).min(step.matched);
+                groups.add_one(depth, part.rank);
+            }
+        }
+        others
     }
 
     /// Leaves in `active` who holds all of a run too; the others have got as far as its beginning.
@@ -339,9 +360,10 @@ impl Shared {
     fn list(&self, s: &mut Scratch, out: &mut Overlaps) {
         let ranks = &mut out.ranks;
         ranks.clear();
-        let (count, all) = (s.groups.count(), self.directory.len() as usize);
-        if (count + s.others.len()) * 4 <= all {
-            // Few: each by its number, then sorted.
+        let all = self.directory.len() as usize;
+        let count = if all > FEW { s.groups.count() } else { 0 };
+        if all > FEW && (count + s.others.len()) * 4 <= all {
+            // Few of many: each by its number, then sorted.
             s.groups.each(|depth, rank| {
                 if s.others.binary_search_by_key(&rank, |(rank, _)| *rank).is_err() {
                     ranks.push(Overlap::on_device(self.directory.worker(rank), depth));
@@ -353,16 +375,14 @@ impl Shared {
         }
         self.spread_out(s);
         let Scratch { device, others, .. } = s;
-        let listed = self.directory.iter();
-        let plain = listed.map(|listed| {
+        let plain = self.directory.iter().map(|listed| {
             let depth = device.get(listed.index as usize).copied().unwrap_or(0);
             Overlap::on_device(listed.worker, depth)
         });
         if others.is_empty() {
-            if count >= all {
-                ranks.extend(plain);
-            } else {
-                ranks.extend(plain.filter(|overlap| overlap.device > 0));
+            ranks.extend(plain);
+            if count < all {
+                ranks.retain(|overlap| overlap.device > 0);
             }
             return;
         }

@@ -4,8 +4,13 @@ use crate::BlockHash;
 use crate::prefix::PrefixHasher;
 
 pub(super) trait Prompt {
+    /// Blocks followed before the first look whether the prompt still goes along a run; twice as many before each further one, so
+    /// that a prompt that leaves a long run early is not hashed to its end.
+    const FIRST_LOOK: usize;
     /// Blocks of the prompt.
     fn len(&self) -> usize;
+    /// Prefix hash of the first block, alone.
+    fn first(&self) -> Option<u64>;
     /// Prefix hash of the first `blocks` blocks, at least 1.
     fn prefix(&mut self, blocks: usize) -> u64;
 }
@@ -22,6 +27,7 @@ pub(super) struct Lazy<'a> {
 }
 
 impl<'a> Lazy<'a> {
+    #[inline]
     pub(super) fn new(hasher: &'a PrefixHasher, blocks: &'a [BlockHash]) -> Self {
         let root = (0, hasher.root());
         Self { hasher, blocks, before: root, known: root, between: Vec::new() }
@@ -29,6 +35,14 @@ impl<'a> Lazy<'a> {
 }
 
 impl Prompt for Lazy<'_> {
+    const FIRST_LOOK: usize = 256;
+
+    #[inline]
+    fn first(&self) -> Option<u64> {
+        self.blocks.first().map(|block| self.hasher.next(self.hasher.root(), *block, 0))
+    }
+
+    #[inline]
     fn len(&self) -> usize {
         self.blocks.len()
     }
@@ -61,8 +75,17 @@ impl Prompt for Lazy<'_> {
 pub(super) struct Ready<'a>(pub(super) &'a [u64]);
 
 impl Prompt for Ready<'_> {
+    /// There is nothing to save: one look at the last block.
+    const FIRST_LOOK: usize = usize::MAX;
+
+    #[inline]
     fn len(&self) -> usize {
         self.0.len()
+    }
+
+    #[inline]
+    fn first(&self) -> Option<u64> {
+        self.0.first().copied()
     }
 
     #[inline]

@@ -51,14 +51,13 @@ impl RunTable {
         &self.subs[(hash >> (64 - SUB_BITS)) as usize]
     }
 
-    /// Calls `check` on each run that may begin with `key` until it returns `Some`.
-    #[inline]
-    pub(super) fn find<T>(&self, key: u64, mut check: impl FnMut(u32) -> Option<T>) -> Option<T> {
-        let hash = key;
+    /// Calls `check` on each run that may begin with `hash` until it returns `Some`.
+    #[inline(always)]
+    pub(super) fn find<T>(&self, hash: u64, mut check: impl FnMut(u32) -> Option<T>) -> Option<T> {
         let sub = self.sub(hash);
         for _ in 0..MAX_LOOKS {
             let version = sub.version.load(Acquire);
-            let array = sub.array();
+            let array = sub.arrays.get(sub.generation.load(Acquire) as usize)?.get()?;
             let mask = array.len() - 1;
             let mut at = (hash >> 20) as usize & mask;
             for _ in 0..array.len() {
@@ -95,8 +94,7 @@ impl RunTableWriter {
     }
 
     /// Enters a run; `key_of` names the key of any run in the table.
-    pub(super) fn insert(&mut self, table: &RunTable, key: u64, run: u32, key_of: impl Fn(u32) -> u64) {
-        let hash = key;
+    pub(super) fn insert(&mut self, table: &RunTable, hash: u64, run: u32, key_of: impl Fn(u32) -> u64) {
         let index = (hash >> (64 - SUB_BITS)) as usize;
         let sub = &table.subs[index];
         self.live[index] += 1;
@@ -118,8 +116,7 @@ impl RunTableWriter {
         put(sub.array(), hash, entry(hash, run));
     }
 
-    pub(super) fn remove(&mut self, table: &RunTable, key: u64, run: u32, key_of: impl Fn(u32) -> u64) {
-        let hash = key;
+    pub(super) fn remove(&mut self, table: &RunTable, hash: u64, run: u32, key_of: impl Fn(u32) -> u64) {
         let index = (hash >> (64 - SUB_BITS)) as usize;
         let sub = &table.subs[index];
         let array = sub.array();

@@ -210,8 +210,9 @@ impl Directory {
     #[inline]
     pub(super) fn iter(&self) -> impl Iterator<Item = Listed> {
         let ranks = self.len().min(MAX_RANKS) as usize;
-        self.order.from(0).chunks_exact(2).take(ranks).map(|pair| {
-            let (instance, rest) = (pair[0].load(Relaxed), pair[1].load(Relaxed));
+        let pairs = self.order.from(0).as_chunks::<2>().0;
+        pairs[..ranks.min(pairs.len())].iter().map(|[instance, rest]| {
+            let (instance, rest) = (instance.load(Relaxed), rest.load(Relaxed));
             Listed {
                 worker: Worker::new(instance, (rest >> 32) as u32),
                 hybrid: rest >> 31 & 1 == 1,
