@@ -12,7 +12,7 @@ use anyhow::Context;
 
 use crate::record::{self, Read};
 use plot::{Panel, Series};
-use table::{Pivot, contenders, distinct, foot, median, wrong};
+use table::{Pivot, contenders, distinct, foot, is_ours, median, wrong};
 
 /// Replaces every block that has a sheet in `results`.
 pub fn run(results: &Path) -> anyhow::Result<()> {
@@ -87,12 +87,15 @@ fn query(sheet: &Read, plots: &Path) -> anyhow::Result<String> {
         "![CPU time of a query](bench/plots/query.svg)\n\nMean CPU ns of a query:\n\n{}\n",
         pivot.table(sheet)
     );
-    for other in contenders(sheet).iter().filter(|c| *c != "kvlane") {
-        if let Some((mean, behind, of)) = pivot.against(sheet, other, |values| values[2] != "0") {
-            writeln!(
-                out,
-                "- {other} / kvlane, geometric mean over the {of} cells with a hit: {mean:.1}; behind in {behind}."
-            )?;
+    for own in contenders(sheet).iter().filter(|contender| is_ours(contender)) {
+        let gain = |peer: &String| {
+            let (mean, behind, of) = pivot.against(sheet, peer, own, |values| values[2] != "0")?;
+            Some(format!("{peer} {mean:.1} (behind in {behind} of {of})"))
+        };
+        let peers = contenders(sheet).into_iter().filter(|contender| !is_ours(contender));
+        let gains: Vec<String> = peers.filter_map(|peer| gain(&peer)).collect();
+        if !gains.is_empty() {
+            writeln!(out, "- peer / {own}, geometric mean over the cells with a hit: {}.", gains.join(", "))?;
         }
     }
     let tails = Pivot { keys: &keys, figure: "p99_ns", digits: 0, lower_is_better: true };

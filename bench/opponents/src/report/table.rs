@@ -31,7 +31,8 @@ pub fn median(sheet: &Read, keys: &[&str], values: &[String], contender: &str, f
     row.figures.get(figure).map(|spread| spread.median)
 }
 
-fn is_ours(contender: &str) -> bool {
+/// Whether it is one of the ways to ask kvlane.
+pub fn is_ours(contender: &str) -> bool {
     contender.starts_with("kvlane")
 }
 
@@ -92,11 +93,12 @@ impl Pivot<'_> {
         out
     }
 
-    /// Geometric mean of `other / kvlane` over the cells that `take` accepts, and in how many of them `kvlane` is behind.
+    /// Geometric mean of `other / own` over the cells that `take` accepts, in how many of them `own` is behind, and of how many.
     pub fn against(
         &self,
         sheet: &Read,
         other: &str,
+        own: &str,
         take: impl Fn(&[String]) -> bool,
     ) -> Option<(f64, usize, usize)> {
         let cells = distinct(sheet.rows.iter().map(|row| cell(row, self.keys)));
@@ -105,7 +107,7 @@ impl Pivot<'_> {
             .filter(|values| take(values))
             .filter_map(|values| {
                 let of = |contender| median(sheet, self.keys, values, contender, self.figure);
-                Some(of(other)? / of("kvlane")?)
+                Some(of(other)? / of(own)?)
             })
             .collect();
         if gains.is_empty() {
