@@ -60,6 +60,7 @@
 mod applied;
 mod block_hash;
 mod config;
+mod dump;
 mod event;
 pub mod hash;
 mod ids;

@@ -6,7 +6,7 @@ use crate::hash::{Namespace, prompt_hashes_in_stretches};
 use crate::tree::{Shared, Tree};
 use crate::{
     Applied, BlockHash, BlockSize, DepthGroups, Held, IndexConfig, IndexStats, InstanceId, KvEvent, Overlaps,
-    Worker,
+    Tier, Worker,
 };
 
 /// Makes the writer and the first reader of an empty partition: one model family and one block size.
@@ -182,12 +182,18 @@ impl Index {
         lock(&self.tree).stats()
     }
 
-    /// The events that give an empty index what `worker` holds at known places.
+    /// The events that give an empty index what `worker` holds at known places: the same events for the same content.
     ///
-    /// They begin by showing the worker's groups, in events that store nothing; chains come before what follows them. A block below a
-    /// hole is preceded by fillers for the hole, which are removed again at the end. Predictions and orphans are left out.
+    /// They begin by showing the worker's groups, in events that store nothing; then come tier by tier and group by group the chains held
+    /// there, in the order of a walk through the prefix tree. A block below a hole is preceded by fillers for the hole, which are
+    /// removed again by the last events. Predictions and orphans are left out. Holds up writers for as long as it takes.
     pub fn dump(&self, worker: Worker) -> Vec<KvEvent> {
-        lock(&self.tree).dump(worker)
+        lock(&self.tree).dump(worker, None)
+    }
+
+    /// [`dump`](Self::dump) of one tier alone, complete in itself: what a chain there follows in another tier is filled in.
+    pub fn dump_tier(&self, worker: Worker, tier: Tier) -> Vec<KvEvent> {
+        lock(&self.tree).dump(worker, Some(tier))
     }
 }
 

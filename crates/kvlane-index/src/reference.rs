@@ -54,6 +54,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use crate::dump::{self, Entry, Places, Section};
 use crate::{
     Applied, BlockHash, EngineHash, Group, GroupId, GroupKind, Held, IndexConfig, IndexStats, InstanceId,
     KvEvent, Overlap, Overlaps, StoredBlock, Tier, Worker,
@@ -328,6 +329,32 @@ impl Holding {
     }
 }
 
+/// Places by their number among the sorted paths.
+struct PathPlaces<'a> {
+    paths: Vec<&'a [BlockHash]>,
+    before: Vec<Option<usize>>,
+    sections: &'a [Section<usize>],
+}
+
+impl Places for PathPlaces<'_> {
+    type Place = usize;
+
+    fn before(&self, place: usize) -> Option<usize> {
+        self.before[place]
+    }
+
+    fn content(&self, place: usize) -> BlockHash {
+        *self.paths[place].last().expect("a place has a block")
+    }
+
+    fn handle(&self, place: usize, sections: usize) -> Option<u64> {
+        self.sections[..sections].iter().find_map(|section| {
+            let first = section.entries.partition_point(|entry| entry.place < place);
+            section.entries.get(first).filter(|entry| entry.place == place).map(|entry| entry.name)
+        })
+    }
+}
+
 /// The oracle of one partition.
 #[derive(Clone, Debug)]
 pub struct Oracle {
@@ -465,58 +492,26 @@ impl Oracle {
         self.ranks.get(&worker).map(rooted).unwrap_or_default()
     }
 
-    /// The events that give an empty index what `worker` holds at known places, one block each, parents first.
-    ///
-    /// Begins by showing the rank's groups, in events that store nothing. A block below a hole needs its path, though nothing of it is
-    /// held: the hole is filled with engine hashes that the rank does not use, which are removed again at the end.
+    /// The events that give an empty index what `worker` holds at known places, in the form of [`Index::dump`](crate::Index::dump).
     pub fn dump(&self, worker: Worker) -> Vec<KvEvent> {
         let Some(rank) = self.ranks.get(&worker) else { return Vec::new() };
-        let mut names: Vec<(&EngineHash, &Name)> =
-            rank.names.iter().filter(|(_, n)| n.place.anchor.is_none()).collect();
-        names.sort_by(|(a, x), (b, y)| x.place.path.len().cmp(&y.place.path.len()).then(a.cmp(b)));
-        let mut at: HashMap<Path, EngineHash> = HashMap::new();
-        let mut events: Vec<KvEvent> = rank
-            .groups
-            .iter()
-            .map(|(&(tier, id), &kind)| KvEvent::StoredByHash {
-                tier,
-                group: Group { id, kind },
-                hashes: Vec::new(),
-            })
-            .collect();
-        let (mut ghosts, mut next_ghost) = (Vec::new(), 0u64);
-        for (&name, Name { place, copies }) in names {
-            let mut parent = None;
-            let (&(tier, id), _) = copies.first_key_value().expect("a held name has a copy");
-            let shown = Group { id, kind: rank.groups.get(&(tier, id)).copied().unwrap_or_default() };
-            for end in 1..place.path.len() {
-                let prefix = &place.path[..end];
-                let held = at.get(prefix).copied().unwrap_or_else(|| {
-                    while rank.names.contains_key(&EngineHash(next_ghost)) {
-                        next_ghost += 1;
-                    }
-                    let ghost = EngineHash(next_ghost);
-                    next_ghost += 1;
-                    let blocks = vec![StoredBlock { engine: ghost, block: prefix[end - 1] }];
-                    events.push(KvEvent::Stored { tier, group: shown, parent, blocks });
-                    ghosts.push(KvEvent::Removed { tier, group: id, hashes: vec![ghost] });
-                    at.insert(prefix.to_vec(), ghost);
-                    ghost
-                });
-                parent = Some(held);
-            }
-            for (&(tier, id), &n) in copies {
-                let group = Group { id, kind: rank.groups.get(&(tier, id)).copied().unwrap_or_default() };
-                let block = *place.path.last().expect("a rooted place has a block");
-                let blocks = vec![StoredBlock { engine: name, block }];
-                for _ in 0..n {
-                    events.push(KvEvent::Stored { tier, group, parent, blocks: blocks.clone() });
-                }
-            }
-            at.entry(place.path.clone()).or_insert(name);
-        }
-        events.append(&mut ghosts);
-        events
+        let held = self.holdings(worker);
+        let mut paths: Vec<&[BlockHash]> =
+            held.iter().flat_map(|h| (1..=h.path.len()).map(|end| &h.path[..end])).collect();
+        paths.sort_unstable();
+        paths.dedup();
+        let at = |path: &[BlockHash]| paths.binary_search(&path).ok();
+        let section = |(&(tier, id), &kind): (&Class, &GroupKind)| {
+            let here = held.iter().filter(|h| (h.tier, h.group) == (tier, id));
+            let entry = |h: &Holding| {
+                let place = at(&h.path).expect("every path is listed");
+                Entry { place, name: h.engine.0, copies: h.copies }
+            };
+            Section { tier, group: Group { id, kind }, entries: here.map(entry).collect() }
+        };
+        let sections: Vec<Section<usize>> = rank.groups.iter().map(section).collect();
+        let before = paths.iter().map(|path| at(&path[..path.len() - 1])).collect();
+        dump::events(&PathPlaces { paths, before, sections: &sections }, &sections)
     }
 
     /// The figures that mean the same in every structure; the others are 0.

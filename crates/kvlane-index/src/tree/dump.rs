@@ -1,136 +1,135 @@
-//! What a rank holds, as events that give an empty index the same.
+//! What a rank holds, in the form of [`dump`](crate::dump).
 
 use super::Tree;
-use super::ranks::Map;
-use super::shared::NONE;
-use crate::{EngineHash, Group, KvEvent, StoredBlock, Worker};
+use super::ranks::{Map, Rank};
+use super::shared::{Class, NONE};
+use crate::dump::{Entry, Places, Section, events};
+use crate::{BlockHash, Group, KvEvent, Tier, Worker};
 
-/// Blocks in one event of a dump.
-const MAX_EVENT_BLOCKS: usize = 256;
-
-/// One name at one place.
-#[derive(Clone, Copy)]
-struct Entry {
-    name: u64,
-    block: u32,
-    copies: u8,
+/// A rank's blocks and names.
+struct View<'a> {
+    tree: &'a Tree,
+    rank: u32,
+    state: &'a Rank,
+    /// The classes of the sections.
+    classes: Vec<Class>,
+    /// The names of blocks that have one name, which is not the main one.
+    alias_at: Map<u32, u64>,
 }
 
-impl Tree {
-    fn held_under(&self, rank: u32, class: super::shared::Class) -> Vec<Entry> {
-        let state = self.rank(rank);
-        let mut runs = state.runs.clone();
-        runs.sort_unstable();
-        runs.dedup();
-        runs.retain(|&run| self.len(run) > 0);
-        runs.sort_by_key(|&run| (self.metas[run as usize].depth, self.word(run, 1)));
-        let alias_at: Map<u32, u64> = state.aliases.iter().map(|(name, block)| (*block, *name)).collect();
-        let mut out = Vec::new();
-        for run in runs {
-            let cover = self.cover(run, rank, class);
-            for at in (0..self.len(run)).filter(|&at| self.covers(cover, at)) {
-                let block = self.block_at(run, at);
-                match state.twins.get(&block) {
-                    Some(twins) => {
-                        for twin in twins {
-                            let copies = twin.copies.iter().find(|(c, _)| *c == class).map_or(0, |(_, n)| *n);
-                            if copies > 0 {
-                                out.push(Entry { name: twin.name, block, copies });
-                            }
-                        }
-                    }
-                    None => {
-                        let name =
-                            if state.is_aliased(block) { alias_at[&block] } else { self.engines.get(block) };
-                        let copies = 1 + state.copies.get(&(class.0, block)).copied().unwrap_or(0);
-                        out.push(Entry { name, block, copies });
-                    }
+impl View<'_> {
+    /// Names and copies of a held block in one class, the smallest first.
+    fn names(&self, class: Class, block: u32, out: &mut Vec<(u64, u8)>) {
+        out.clear();
+        match self.state.twins.get(&block) {
+            Some(twins) => {
+                for twin in twins {
+                    out.extend(twin.copies.iter().filter(|(c, _)| *c == class).map(|(_, n)| (twin.name, *n)));
                 }
+                out.sort_unstable();
+            }
+            None => {
+                let name = match self.state.is_aliased(block) {
+                    true => self.alias_at[&block],
+                    false => self.tree.engines.get(block),
+                };
+                out.push((name, 1 + self.state.copies.get(&(class.0, block)).copied().unwrap_or(0)));
+            }
+        }
+    }
+
+    /// The runs that the rank has something in and the ones on the way there, as a walk through the tree meets them.
+    fn runs(&self) -> Vec<u32> {
+        let tree = self.tree;
+        let mut after: Map<u32, Vec<(BlockHash, u32)>> = Map::default();
+        let mut seen: Map<u32, ()> = Map::default();
+        for &held in self.state.runs.iter().filter(|&&run| tree.len(run) > 0) {
+            let mut run = held;
+            while seen.insert(run, ()).is_none() {
+                let parent = tree.metas[run as usize].parent;
+                let before = if parent == NONE { NONE } else { tree.locate(parent).0 };
+                after.entry(before).or_default().push((tree.block_hash(tree.block_at(run, 0)), run));
+                if before == NONE {
+                    break;
+                }
+                run = before;
+            }
+        }
+        let (mut out, mut todo) = (Vec::new(), vec![NONE]);
+        while let Some(run) = todo.pop() {
+            if run != NONE {
+                out.push(run);
+            }
+            if let Some(mut next) = after.remove(&run) {
+                next.sort_unstable_by(|a, b| b.cmp(a));
+                todo.extend(next.into_iter().map(|(_, run)| run));
             }
         }
         out
     }
 
-    /// The block before; `NONE` at the root.
-    fn before(&self, block: u32) -> u32 {
-        match self.locate(block) {
-            (run, 0) => self.metas[run as usize].parent,
-            (run, at) => self.block_at(run, at - 1),
+    fn entries(&self, class: Class, runs: &[u32]) -> Vec<Entry<u32>> {
+        let (mut out, mut names) = (Vec::new(), Vec::new());
+        for &run in runs {
+            let cover = self.tree.cover(run, self.rank, class);
+            for at in (0..self.tree.len(run)).filter(|&at| self.tree.covers(cover, at)) {
+                let place = self.tree.block_at(run, at);
+                self.names(class, place, &mut names);
+                out.extend(names.iter().map(|&(name, copies)| Entry { place, name, copies }));
+            }
         }
+        out
+    }
+}
+
+impl Places for View<'_> {
+    type Place = u32;
+
+    fn before(&self, block: u32) -> Option<u32> {
+        let before = match self.tree.locate(block) {
+            (run, 0) => self.tree.metas[run as usize].parent,
+            (run, at) => self.tree.block_at(run, at - 1),
+        };
+        (before != NONE).then_some(before)
     }
 
-    pub(crate) fn dump(&self, worker: Worker) -> Vec<KvEvent> {
+    fn content(&self, block: u32) -> BlockHash {
+        self.tree.block_hash(block)
+    }
+
+    fn handle(&self, block: u32, sections: usize) -> Option<u64> {
+        let (run, at) = self.tree.locate(block);
+        let class =
+            self.classes[..sections].iter().find(|&&class| self.tree.holds(run, at, self.rank, class))?;
+        let mut names = Vec::new();
+        self.names(*class, block, &mut names);
+        names.first().map(|(name, _)| *name)
+    }
+}
+
+impl Tree {
+    /// What a rank holds, in all tiers or in one.
+    pub(crate) fn dump(&self, worker: Worker, tier: Option<Tier>) -> Vec<KvEvent> {
         let Some(&rank) = self.by_worker.get(&worker) else { return Vec::new() };
-        let mut events = Vec::new();
-        for held in self.held(self.rank(rank)) {
-            events.push(KvEvent::StoredByHash { tier: held.tier, group: held.group, hashes: Vec::new() });
-        }
-        // Engine hash by which a block can be named as a parent.
-        let mut handles: Map<u32, u64> = Map::default();
-        let mut fillers = Vec::new();
-        let mut next_filler = 0u64;
-        for shown in &self.rank(rank).classes {
-            let (tier, class) = (shown.class.tier(), shown.class);
-            let group = Group { id: self.groups[class.group_index()], kind: shown.kind };
-            let entries = self.held_under(rank, class);
-            // The last event, the block that it ends with.
-            let mut open: Option<(Vec<StoredBlock>, Option<EngineHash>, u32)> = None;
-            let flush = |open: &mut Option<(Vec<StoredBlock>, Option<EngineHash>, u32)>,
-                         events: &mut Vec<KvEvent>| {
-                if let Some((blocks, parent, _)) = open.take() {
-                    events.push(KvEvent::Stored { tier, group, parent, blocks });
-                }
-            };
-            for Entry { name, block, copies } in entries {
-                let before = self.before(block);
-                let stored = StoredBlock { engine: EngineHash(name), block: self.block_hash(block) };
-                // A chain goes on only through the name that its last event block bears.
-                match &mut open {
-                    Some((blocks, _, last))
-                        if *last == before && copies == 1 && blocks.len() < MAX_EVENT_BLOCKS =>
-                    {
-                        blocks.push(stored);
-                        *last = block;
-                        handles.entry(block).or_insert(name);
-                        continue;
-                    }
-                    _ => flush(&mut open, &mut events),
-                }
-                if before != NONE && !handles.contains_key(&before) {
-                    // Nothing of the way here is held: fill it from the last block that has a handle.
-                    let mut way = Vec::new();
-                    let mut top = before;
-                    while top != NONE && !handles.contains_key(&top) {
-                        way.push(top);
-                        top = self.before(top);
-                    }
-                    let parent = handles.get(&top).map(|h| EngineHash(*h));
-                    let mut blocks = Vec::new();
-                    for &empty in way.iter().rev() {
-                        while self.known(rank, next_filler) != super::store::Known::No {
-                            next_filler += 1;
-                        }
-                        blocks.push(StoredBlock {
-                            engine: EngineHash(next_filler),
-                            block: self.block_hash(empty),
-                        });
-                        handles.insert(empty, next_filler);
-                        next_filler += 1;
-                    }
-                    let hashes = blocks.iter().map(|b| b.engine).collect();
-                    fillers.push(KvEvent::Removed { tier, group: group.id, hashes });
-                    events.push(KvEvent::Stored { tier, group, parent, blocks });
-                }
-                let parent = handles.get(&before).map(|h| EngineHash(*h));
-                for _ in 1..copies {
-                    events.push(KvEvent::Stored { tier, group, parent, blocks: vec![stored] });
-                }
-                handles.entry(block).or_insert(name);
-                open = Some((vec![stored], parent, block));
-            }
-            flush(&mut open, &mut events);
-        }
-        events.append(&mut fillers);
-        events
+        let state = self.rank(rank);
+        let mut shown: Vec<(Tier, Group, Class)> = state
+            .classes
+            .iter()
+            .map(|shown| {
+                let group = Group { id: self.groups[shown.class.group_index()], kind: shown.kind };
+                (shown.class.tier(), group, shown.class)
+            })
+            .filter(|(of, ..)| tier.is_none_or(|tier| tier == *of))
+            .collect();
+        shown.sort_unstable_by_key(|(tier, group, _)| (*tier, group.id));
+        let alias_at = state.aliases.iter().map(|(name, block)| (*block, *name)).collect();
+        let classes = shown.iter().map(|(.., class)| *class).collect();
+        let view = View { tree: self, rank, state, classes, alias_at };
+        let runs = view.runs();
+        let sections: Vec<Section<u32>> = shown
+            .into_iter()
+            .map(|(tier, group, class)| Section { tier, group, entries: view.entries(class, &runs) })
+            .collect();
+        events(&view, &sections)
     }
 }

@@ -6,7 +6,7 @@ use std::fmt::Debug;
 use kvlane_index::reference::{Holding, Oracle};
 use kvlane_index::{
     Applied, BlockHash, BlockSize, DepthGroups, HashedPrompt, Index, IndexConfig, IndexWriter, InstanceId,
-    KvEvent, Overlaps, Worker, partition, snapshot,
+    KvEvent, Overlaps, Tier, Worker, partition, snapshot,
 };
 
 use super::op::Op;
@@ -184,8 +184,12 @@ impl Pair {
         same("pairs, orphans and predicted", &figures(ours), &figures(theirs))?;
         for worker in self.workers() {
             let dump = self.index.dump(worker);
-            let what = format!("what a dump says of {worker}");
-            same(&what, &self.content(worker, &dump), &self.oracle.holdings(worker))?;
+            same("dump", &dump, &self.oracle.dump(worker))?;
+            let held = self.oracle.holdings(worker);
+            same("what a dump says", &self.content(worker, &dump), &held)?;
+            let tiers =
+                Tier::ALL.iter().flat_map(|&tier| self.content(worker, &self.index.dump_tier(worker, tier)));
+            same("what the dumps of the tiers say", &tiers.collect(), &held)?;
         }
         Ok(())
     }

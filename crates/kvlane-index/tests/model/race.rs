@@ -10,7 +10,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
-use kvlane_index::{BlockHash, HashedPrompt, KvEvent, Overlap, Overlaps};
+use kvlane_index::{BlockHash, DepthGroups, HashedPrompt, KvEvent, Overlap, Overlaps};
 
 use super::choice::{Choice, mix};
 use super::generator::Generator;
@@ -106,10 +106,11 @@ pub fn race(regime: Regime, seed: u64, operations: u64, readers: u64) -> Result<
     let index = pair.index.clone();
     let read = |reader: u64| {
         let mut choice = Choice::Seed(mix(seed ^ (reader + 10)));
-        let (mut hashed, mut answers) = (HashedPrompt::default(), Vec::<Answer>::new());
+        let (mut hashed, mut groups) = (HashedPrompt::default(), DepthGroups::default());
+        let mut answers = Vec::<Answer>::new();
         while !done.load(SeqCst) && answers.len() < MOST {
             let prompt = choice.below(PROMPTS as u64) as usize;
-            let prehashed = choice.one_in(2);
+            let (prehashed, grouped) = (choice.one_in(3), choice.one_in(2));
             if prehashed {
                 index.hash_prompt(&prompts[prompt], &mut hashed);
             }
@@ -117,10 +118,16 @@ pub fn race(regime: Regime, seed: u64, operations: u64, readers: u64) -> Result<
             let before = turn.load(SeqCst);
             if prehashed {
                 index.overlap_hashed(&hashed, &mut overlaps);
+            } else if grouped {
+                index.depth_groups(&prompts[prompt], &mut groups);
             } else {
                 index.overlap(&prompts[prompt], &mut overlaps);
             }
-            answers.push(Answer { prompt, turns: [before, turn.load(SeqCst)], overlaps });
+            let turns = [before, turn.load(SeqCst)];
+            if grouped && !prehashed {
+                groups.list(&mut overlaps);
+            }
+            answers.push(Answer { prompt, turns, overlaps });
         }
         answers
     };
