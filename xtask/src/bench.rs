@@ -22,6 +22,12 @@ pub enum Bench {
         #[arg(default_value_t = 100_000)]
         decisions: u64,
     },
+    /// Engine events: decoding beside `rmp-serde`, and ingest from a socket into the index. Rewrites their tables in BENCHMARKS.md.
+    Events {
+        /// `--quick`: less exact, and BENCHMARKS.md stays as it is.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// The gateway beside its peers and nginx (`bench/gateway`); installs them into target/bench/peers.
     Gateway {
         /// Its options: `--quick`, `--only NAMES`, `--cells NAMES`, `--rounds N`, `--time-ms N`.
@@ -40,6 +46,7 @@ pub fn run(bench: &Bench) -> Result<()> {
             workspace("bench/opponents", "opponents", &all)
         }
         Bench::Picks { decisions } => workspace("bench/opponents", "picks", &[decisions.to_string()]),
+        Bench::Events { arguments } => crate::events::run(arguments),
         Bench::Gateway { arguments } => {
             let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
             let status = Command::new(env!("CARGO"))

@@ -5,6 +5,7 @@
 #![expect(clippy::print_stdout, reason = "a command-line tool speaks to a person")]
 
 mod bench;
+mod events;
 mod layers;
 mod tidy;
 

@@ -24,3 +24,6 @@ pub(crate) use publisher::{Beginnings, Following, Report, follow};
 pub(crate) use stats::RankCounters;
 pub use stats::{AppliedTotals, RankStats};
 pub use tap::{Tap, Tapped};
+
+#[cfg(test)]
+mod tests;

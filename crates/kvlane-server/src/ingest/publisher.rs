@@ -4,7 +4,7 @@ use super::lane::{Change, ImageReply, Lane, Work};
 use super::socket::{self, Heard, OwnedTask, Replayed};
 use super::stats::RankCounters;
 use super::weighed::{Closed, Receiver};
-use super::zmtp::Message;
+use super::zmtp::{MESSAGE_FRAMES_MAX, Message};
 use crate::clock;
 use crate::fleet::{Publisher, Trust};
 use crate::state::{self, Origin, Sources};
@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-/// Messages handled before the events that they brought go into the lane.
-const MESSAGES_AT_ONCE: usize = 64;
+/// Events gathered before they go into the lane; one more batch of messages may come on top.
+const EVENTS_AT_ONCE: usize = 1024;
 
 /// Everything that following one publisher takes.
 pub(crate) struct Following {
@@ -109,14 +109,14 @@ pub(crate) async fn follow(task: Following, report: impl Report) {
             heard = live.recv() => {
                 let Some(heard) = heard else { return };
                 rank.heard(heard);
-                for _ in 1..MESSAGES_AT_ONCE {
+                while rank.changes.len() < EVENTS_AT_ONCE {
                     let Some(heard) = live.try_recv() else { break };
                     rank.heard(heard);
                 }
             }
             reply = next_reply(&mut rank.replay) => {
                 rank.replayed(reply);
-                for _ in 1..MESSAGES_AT_ONCE {
+                while rank.changes.len() < EVENTS_AT_ONCE {
                     let Some(reply) = rank.replay.as_mut().and_then(Receiver::try_recv) else { break };
                     rank.replayed(Some(reply));
                 }
@@ -217,14 +217,18 @@ impl<R: Report> Rank<R> {
                 self.handle(Input::Connected);
                 self.report.connection_changed();
             }
-            Heard::Message(message) => {
-                let bytes: usize = message.iter().map(bytes::Bytes::len).sum();
+            Heard::Messages(messages) => {
+                let bytes: usize = messages.iter().map(Message::weight).sum();
                 self.counters.update(|stats| {
-                    stats.messages += 1;
+                    stats.messages += messages.len() as u64;
                     stats.bytes += bytes as u64;
                     stats.heard = Some(Instant::now());
                 });
-                self.handle(Input::Live(&frames(&message)));
+                for message in &messages {
+                    let mut slots = [&[][..]; MESSAGE_FRAMES_MAX];
+                    let count = message.fill(&mut slots);
+                    self.handle(Input::Live(&slots[..count]));
+                }
             }
             Heard::Lost(error) => {
                 let error = error.to_string();
@@ -247,20 +251,20 @@ impl<R: Report> Rank<R> {
     }
 
     fn replayed(&mut self, reply: Option<Replayed>) {
-        let Some(Replayed { attempt, frames: message }) = reply else {
+        let Some(Replayed { attempt, messages }) = reply else {
             self.replay = None;
             self.replay_task = None;
             return;
         };
-        match message {
-            Some(message) => {
-                self.counters.update(|stats| {
-                    stats.replay_messages += 1;
-                    stats.heard = Some(Instant::now());
-                });
-                self.handle(Input::Replay { attempt, frames: &frames(&message) });
-            }
-            None => self.handle(Input::ReplayFailed { attempt }),
+        let Some(messages) = messages else { return self.handle(Input::ReplayFailed { attempt }) };
+        self.counters.update(|stats| {
+            stats.replay_messages += messages.len() as u64;
+            stats.heard = Some(Instant::now());
+        });
+        for message in &messages {
+            let mut slots = [&[][..]; MESSAGE_FRAMES_MAX];
+            let count = message.fill(&mut slots);
+            self.handle(Input::Replay { attempt, frames: &slots[..count] });
         }
     }
 
@@ -401,8 +405,4 @@ async fn beginning(sources: &Sources, origin: &Origin) -> Option<Beginning> {
     let position = image.position()?;
     let events = tokio::task::spawn_blocking(move || image.events()).await.ok()?.ok()?;
     Some(Beginning { from, position, events })
-}
-
-fn frames(message: &Message) -> Vec<&[u8]> {
-    message.iter().map(AsRef::as_ref).collect()
 }

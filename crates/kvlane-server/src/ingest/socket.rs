@@ -16,6 +16,8 @@ use tokio::task::JoinHandle;
 const LIVE_BYTES: u32 = 4 << 20;
 /// Bytes of replayed messages that may wait.
 const REPLAY_BYTES: u32 = 128 << 20;
+/// Messages that came together travel together, up to so many bytes.
+const BYTES_AT_ONCE: usize = 128 << 10;
 /// First pause before a subscription is connected again; doubles up to the longest.
 const RECONNECT_FIRST: Duration = Duration::from_millis(50);
 /// The longest such pause. An engine that is back must be exact again within 2 s.
@@ -24,15 +26,16 @@ const RECONNECT_LONGEST: Duration = Duration::from_millis(800);
 /// What a subscription says, in order.
 pub(super) enum Heard {
     Connected,
-    Message(Message),
+    /// One or more, as they came together.
+    Messages(Vec<Message>),
     Lost(ZmtpError),
 }
 
 /// What a replay says.
 pub(super) struct Replayed {
     pub(super) attempt: u64,
-    /// `None`: it failed or broke off.
-    pub(super) frames: Option<Message>,
+    /// One or more; `None`: it failed or broke off.
+    pub(super) messages: Option<Vec<Message>>,
 }
 
 /// A task that ends when this is dropped.
@@ -51,8 +54,8 @@ impl Drop for OwnedTask {
     }
 }
 
-fn bytes(message: &Message) -> usize {
-    message.iter().map(bytes::Bytes::len).sum()
+fn weight(messages: &[Message]) -> usize {
+    messages.iter().map(Message::weight).sum()
 }
 
 /// Subscribes to everything whose topic begins with `topic`.
@@ -84,9 +87,9 @@ async fn listen(
     *pause = RECONNECT_FIRST;
     let mut sent = sender.send(Heard::Connected, 1).await;
     while sent.is_ok() {
-        let message = connection.recv().await?;
-        let weight = bytes(&message);
-        sent = sender.send(Heard::Message(message), weight).await;
+        let messages = connection.recv_many(BYTES_AT_ONCE).await?;
+        let weight = weight(&messages);
+        sent = sender.send(Heard::Messages(messages), weight).await;
     }
     Ok(())
 }
@@ -96,7 +99,7 @@ pub(super) fn replay(endpoint: Endpoint, attempt: u64, from_seq: u64) -> (Receiv
     let (sender, receiver) = weighed(REPLAY_BYTES);
     let task = OwnedTask::spawn(async move {
         let _failed = ask(&endpoint, attempt, from_seq, &sender).await;
-        let _ = sender.send(Replayed { attempt, frames: None }, 1).await;
+        let _ = sender.send(Replayed { attempt, messages: None }, 1).await;
     });
     (receiver, task)
 }
@@ -110,10 +113,11 @@ async fn ask(
     let mut connection = Connection::open(endpoint, Role::Dealer).await?;
     connection.send(&[b"", &from_seq.to_be_bytes()]).await?;
     loop {
-        let frames = connection.recv().await?;
-        let is_end = frames.last().is_some_and(bytes::Bytes::is_empty);
-        let weight = bytes(&frames);
-        if sender.send(Replayed { attempt, frames: Some(frames) }, weight).await.is_err() || is_end {
+        let messages = connection.recv_many(BYTES_AT_ONCE).await?;
+        let is_end =
+            messages.last().and_then(|message| message.frames().last()).is_some_and(<[u8]>::is_empty);
+        let weight = weight(&messages);
+        if sender.send(Replayed { attempt, messages: Some(messages) }, weight).await.is_err() || is_end {
             return Ok(());
         }
     }

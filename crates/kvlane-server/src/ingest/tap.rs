@@ -2,8 +2,10 @@
 
 use super::socket::{self, Heard, OwnedTask, Replayed};
 use super::weighed::Receiver;
+use super::zmtp::Message;
 use crate::config::Endpoint;
 use bytes::Bytes;
+use std::collections::VecDeque;
 
 /// Something that a tap heard, in order.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -17,7 +19,11 @@ pub enum Tapped {
 }
 
 /// A subscription, or one replay. Closes its connection when dropped.
-pub struct Tap(Source);
+pub struct Tap {
+    source: Source,
+    /// Messages that came with the last one.
+    waiting: VecDeque<Message>,
+}
 
 enum Source {
     Live(Receiver<Heard>, #[expect(dead_code, reason = "ends with the tap")] OwnedTask),
@@ -28,24 +34,28 @@ impl Tap {
     /// Subscribes to all topics that begin with `topic`.
     pub fn subscribe(endpoint: &Endpoint, topic: &str) -> Self {
         let (receiver, task) = socket::subscribe(endpoint.clone(), topic.to_owned());
-        Self(Source::Live(receiver, task))
+        Self { source: Source::Live(receiver, task), waiting: VecDeque::new() }
     }
 
     /// Asks once for all batches from `from_seq` on that the engine still has. The last message is the end marker.
     pub fn replay(endpoint: &Endpoint, from_seq: u64) -> Self {
         let (receiver, task) = socket::replay(endpoint.clone(), 0, from_seq);
-        Self(Source::Replay(receiver, task))
+        Self { source: Source::Replay(receiver, task), waiting: VecDeque::new() }
     }
 
-    /// The next thing heard; `None` after the end of a replay.
+    /// The next thing heard; `None` after the end of a replay. Cancel-safe.
     pub async fn recv(&mut self) -> Option<Tapped> {
-        match &mut self.0 {
-            Source::Live(receiver, _) => Some(match receiver.recv().await? {
-                Heard::Connected => Tapped::Connected,
-                Heard::Message(frames) => Tapped::Message(frames),
-                Heard::Lost(error) => Tapped::Lost(error.to_string()),
-            }),
-            Source::Replay(receiver, _) => receiver.recv().await?.frames.map(Tapped::Message),
+        while self.waiting.is_empty() {
+            let messages = match &mut self.source {
+                Source::Live(receiver, _) => match receiver.recv().await? {
+                    Heard::Connected => return Some(Tapped::Connected),
+                    Heard::Messages(messages) => messages,
+                    Heard::Lost(error) => return Some(Tapped::Lost(error.to_string())),
+                },
+                Source::Replay(receiver, _) => receiver.recv().await?.messages?,
+            };
+            self.waiting.extend(messages);
         }
+        self.waiting.pop_front().map(|message| Tapped::Message(message.shared_frames()))
     }
 }

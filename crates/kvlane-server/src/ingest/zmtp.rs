@@ -18,8 +18,13 @@
 //! command   length of name, name, data; READY's data is (1-byte length, name, 4-byte length, value)*
 //! ```
 
+mod message;
+
+pub(crate) use message::Message;
+
 use crate::config::Endpoint;
 use bytes::{Buf, Bytes, BytesMut};
+use message::Front;
 use std::fmt;
 use std::io;
 use std::time::Duration;
@@ -31,6 +36,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 pub(crate) const MESSAGE_BYTES_MAX: usize = 128 << 20;
 /// The most frames of one message; engines send 3 or 4.
 pub(crate) const MESSAGE_FRAMES_MAX: usize = 16;
+/// The same with the heads of the frames.
+const BYTES_MAX: usize = MESSAGE_BYTES_MAX + 9 * MESSAGE_FRAMES_MAX;
 /// Silence after which the peer is asked for a sign of life.
 const PING_AFTER: Duration = Duration::from_secs(5);
 /// Silence after which the connection is given up, where the peer knows PING.
@@ -44,9 +51,6 @@ const READ_CHUNK: usize = 256 << 10;
 const FLAG_MORE: u8 = 1;
 const FLAG_LONG: u8 = 2;
 const FLAG_COMMAND: u8 = 4;
-
-/// The frames of one message.
-pub(crate) type Message = Vec<Bytes>;
 
 /// What this end of the connection is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -116,8 +120,11 @@ impl From<io::Error> for ZmtpError {
 pub(crate) struct Connection {
     stream: TcpStream,
     input: BytesMut,
-    partial: Message,
-    partial_bytes: usize,
+    /// Bytes at the front of `input` that are whole frames of a message whose end is not there yet, and how many.
+    begun: usize,
+    frames: usize,
+    /// Answers to PINGs, not sent yet.
+    pongs: Vec<u8>,
     answers_ping: bool,
     heard: Instant,
     pinged: bool,
@@ -139,8 +146,9 @@ impl Connection {
         let mut connection = Self {
             stream,
             input: BytesMut::with_capacity(READ_CHUNK),
-            partial: Message::new(),
-            partial_bytes: 0,
+            begun: 0,
+            frames: 0,
+            pongs: Vec::new(),
             answers_ping: false,
             heard: Instant::now(),
             pinged: false,
@@ -215,41 +223,77 @@ impl Connection {
 
     /// The next message; after an error the connection is of no more use.
     ///
-    /// Cancel-safe. Answers the peer's PING, and sends its own into silence, while it waits.
+    /// Answers the peer's PING, and sends its own into silence, while it waits.
     pub(crate) async fn recv(&mut self) -> Result<Message, ZmtpError> {
         loop {
-            while let Some((flags, body)) = self.parse()? {
-                if let Some(message) = self.take(flags, body).await? {
-                    return Ok(message);
-                }
+            let message = self.take()?;
+            if !self.pongs.is_empty() {
+                self.stream.write_all(&self.pongs).await?;
+                self.pongs.clear();
             }
-            self.listen().await?;
+            match message {
+                Some(message) => return Ok(message),
+                None => self.listen().await?,
+            }
         }
     }
 
-    /// Adds a frame to the message in the making; yields the message with its last frame.
-    async fn take(&mut self, flags: u8, body: Bytes) -> Result<Option<Message>, ZmtpError> {
-        if flags & FLAG_COMMAND != 0 {
-            if let (b"PING", data) = command(&body) {
-                let mut pong = b"\x04PONG".to_vec();
-                // Two bytes of time to live, then a context of at most 16 bytes to send back.
-                pong.extend_from_slice(
-                    data.get(2..).unwrap_or_default().get(..16).unwrap_or(&data[2.min(data.len())..]),
-                );
-                self.send_frame(FLAG_COMMAND, &pong).await?;
+    /// The next message and those that lie whole behind it already, until they weigh `bytes`.
+    pub(crate) async fn recv_many(&mut self, bytes: usize) -> Result<Vec<Message>, ZmtpError> {
+        let mut messages = vec![self.recv().await?];
+        let mut weight = messages[0].weight();
+        // An error stays for the next call, when what came before it is taken care of.
+        while weight < bytes
+            && let Ok(Some(message)) = self.take()
+        {
+            weight += message.weight();
+            messages.push(message);
+        }
+        Ok(messages)
+    }
+
+    /// A message that is there whole.
+    fn take(&mut self) -> Result<Option<Message>, ZmtpError> {
+        loop {
+            let (flags, len) = match message::front(&self.input[self.begun..])? {
+                Front::Whole(frame) => {
+                    if frame.flags & FLAG_COMMAND != 0
+                        && let (b"PING", data) = command(frame.body)
+                    {
+                        // Two bytes of time to live, then a context of at most 16 bytes to send back.
+                        let context = data.get(2..).unwrap_or_default();
+                        let mut pong = b"\x04PONG".to_vec();
+                        pong.extend_from_slice(&context[..context.len().min(16)]);
+                        push_frame(&mut self.pongs, FLAG_COMMAND, &pong);
+                    }
+                    (frame.flags, frame.len)
+                }
+                Front::Part(len) if self.begun + len > BYTES_MAX => return Err(ZmtpError::TooLarge),
+                Front::Part(_) => return Ok(None),
+            };
+            if self.begun + len > BYTES_MAX {
+                return Err(ZmtpError::TooLarge);
             }
-            return Ok(None);
+            if flags & FLAG_COMMAND != 0 {
+                // Between messages it is done with; between the frames of one it stays where it is.
+                if self.frames == 0 {
+                    self.input.advance(len);
+                } else {
+                    self.begun += len;
+                }
+                continue;
+            }
+            if self.frames == MESSAGE_FRAMES_MAX {
+                return Err(ZmtpError::TooLarge);
+            }
+            self.begun += len;
+            self.frames += 1;
+            if flags & FLAG_MORE == 0 {
+                let bytes = self.input.split_to(self.begun).freeze();
+                (self.begun, self.frames) = (0, 0);
+                return Ok(Some(Message::new(bytes)));
+            }
         }
-        self.partial_bytes += body.len();
-        self.partial.push(body);
-        if self.partial.len() > MESSAGE_FRAMES_MAX || self.partial_bytes > MESSAGE_BYTES_MAX {
-            return Err(ZmtpError::TooLarge);
-        }
-        if flags & FLAG_MORE != 0 {
-            return Ok(None);
-        }
-        self.partial_bytes = 0;
-        Ok(Some(std::mem::take(&mut self.partial)))
     }
 
     /// Waits for bytes; sends a PING into silence and gives up after too much of it.
@@ -300,21 +344,11 @@ impl Connection {
 
     /// The next frame of the input, if it is there whole.
     fn parse(&mut self) -> Result<Option<(u8, Bytes)>, ZmtpError> {
-        let Some(&flags) = self.input.first() else { return Ok(None) };
-        let (head, body) = if flags & FLAG_LONG == 0 {
-            let Some(&len) = self.input.get(1) else { return Ok(None) };
-            (2, usize::from(len))
-        } else {
-            let Some(len) = self.input.get(1..9) else { return Ok(None) };
-            let len = u64::from_be_bytes(len.try_into().expect("a slice of 8 bytes"));
-            let len = usize::try_from(len).ok().filter(|len| *len <= MESSAGE_BYTES_MAX);
-            (9, len.ok_or(ZmtpError::TooLarge)?)
-        };
-        if self.input.len() < head + body {
-            return Ok(None);
-        }
-        self.input.advance(head);
-        Ok(Some((flags, self.input.split_to(body).freeze())))
+        let Front::Whole(frame) = message::front(&self.input)? else { return Ok(None) };
+        let (flags, len, head) = (frame.flags, frame.len, frame.len - frame.body.len());
+        let mut frame = self.input.split_to(len);
+        frame.advance(head);
+        Ok(Some((flags, frame.freeze())))
     }
 
     async fn send_frame(&mut self, flags: u8, body: &[u8]) -> Result<(), ZmtpError> {

@@ -53,6 +53,10 @@ fn frames(parts: &[&[u8]]) -> Vec<u8> {
     out
 }
 
+fn parts(message: &Message) -> Vec<&[u8]> {
+    message.frames().collect()
+}
+
 #[tokio::test]
 async fn messages_arrive_whole_however_the_bytes_come() {
     let long = vec![7; 100_000];
@@ -72,9 +76,56 @@ async fn messages_arrive_whole_however_the_bytes_come() {
     let mut connection = Connection::open(&to, Role::Sub).await.unwrap();
     connection.subscribe("").await.unwrap();
     let message = connection.recv().await.unwrap();
-    assert_eq!(message, [&b"t"[..], b"", &long]);
-    assert_eq!(connection.recv().await.unwrap(), [&b"second"[..]]);
+    assert_eq!(parts(&message), [&b"t"[..], b"", &long]);
+    assert_eq!(parts(&connection.recv().await.unwrap()), [&b"second"[..]]);
     assert!(matches!(connection.recv().await, Err(ZmtpError::Io(_))));
+}
+
+#[tokio::test]
+async fn messages_that_came_together_are_taken_together_and_an_error_waits_for_them() {
+    let to = peer("PUB", 1, |mut stream| async move {
+        let mut bytes = Vec::new();
+        for i in 0..5u8 {
+            bytes.extend(frames(&[b"t", &[i]]));
+        }
+        // More than one message may have.
+        bytes.extend(frames(&[&b"x"[..]; MESSAGE_FRAMES_MAX + 1]));
+        stream.write_all(&bytes).await.unwrap();
+        hold(stream).await;
+    })
+    .await;
+    let mut connection = Connection::open(&to, Role::Sub).await.unwrap();
+    let mut taken = Vec::new();
+    let error = loop {
+        match connection.recv_many(12).await {
+            // Four bytes of heads and two of bodies.
+            Ok(messages) => {
+                assert!(messages.len() <= 2);
+                taken.extend(messages);
+            }
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, ZmtpError::TooLarge));
+    let numbers: Vec<u8> = taken.iter().map(|message| parts(message)[1][0]).collect();
+    assert_eq!(numbers, [0, 1, 2, 3, 4]);
+}
+
+#[tokio::test]
+async fn a_command_between_the_frames_of_a_message_is_no_part_of_it() {
+    let to = peer("PUB", 1, |mut stream| async move {
+        let mut bytes = Vec::new();
+        push_frame(&mut bytes, FLAG_MORE, b"t");
+        push_frame(&mut bytes, FLAG_COMMAND, b"\x04PING\x00\x0a");
+        push_frame(&mut bytes, 0, b"payload");
+        stream.write_all(&bytes).await.unwrap();
+        hold(stream).await;
+    })
+    .await;
+    let mut connection = Connection::open(&to, Role::Sub).await.unwrap();
+    let message = connection.recv().await.unwrap();
+    assert_eq!(parts(&message), [&b"t"[..], b"payload"]);
+    assert_eq!(message.shared_frames(), [&b"t"[..], b"payload"]);
 }
 
 #[tokio::test]
@@ -143,7 +194,7 @@ async fn pings_are_answered_with_their_context() {
     })
     .await;
     let mut connection = Connection::open(&to, Role::Dealer).await.unwrap();
-    assert_eq!(connection.recv().await.unwrap(), [&b"done"[..]]);
+    assert_eq!(parts(&connection.recv().await.unwrap()), [&b"done"[..]]);
     wait.await.unwrap();
 }
 
