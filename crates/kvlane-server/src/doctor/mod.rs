@@ -7,9 +7,11 @@
 mod trial;
 
 use crate::config::{EventsSetting, WorkerSpec};
-use crate::fleet::probe::{self, get, metrics::samples};
+use crate::fleet::probe::{self, get, metrics::samples, post};
 use crate::fleet::{CachedTokens, EngineKind, Facts, Source};
 use crate::ingest::{Tap, Tapped};
+use http::StatusCode;
+use kvlane_events::wire::drain::decode_drain;
 use std::time::Duration;
 
 /// Time for each question.
@@ -92,7 +94,11 @@ pub async fn examine(spec: &WorkerSpec, with_requests: bool) -> Report {
     };
     engine(&facts, &mut report);
     prefix_caching(spec, &facts, &mut report).await;
-    sockets(spec, &facts, &mut report).await;
+    if facts.drains {
+        drain(spec, &facts, with_requests, &mut report).await;
+    } else {
+        sockets(spec, &facts, &mut report).await;
+    }
     if with_requests {
         trial::run(spec, &facts, &mut report).await;
     } else if facts.cached_tokens == CachedTokens::NotReported {
@@ -188,6 +194,9 @@ async fn prefix_caching(spec: &WorkerSpec, facts: &Facts, report: &mut Report) {
 
 fn events_flag(engine: EngineKind) -> &'static str {
     match engine {
+        EngineKind::TensorRtLlm => {
+            "kv_cache_config: {enable_block_reuse: true, event_buffer_max_size: 100000} in the file of --extra_llm_api_options"
+        }
         EngineKind::Sglang => {
             "--kv-events-config '{\"publisher\": \"zmq\", \"endpoint\": \"tcp://*:5557\", \"topic\": \"kv-events\", \
              \"replay_endpoint\": \"tcp://*:5657\"}'"
@@ -203,6 +212,40 @@ fn cached_tokens_flag(engine: EngineKind) -> &'static str {
     match engine {
         EngineKind::Sglang => "--enable-cache-report",
         _ => "--enable-prompt-tokens-details",
+    }
+}
+
+/// TensorRT-LLM's buffered events. To ask is to take them away from a router that follows the engine (which then finds a gap, and heals).
+async fn drain(spec: &WorkerSpec, facts: &Facts, with_requests: bool, report: &mut Report) {
+    if !with_requests {
+        return report.hint(
+            "events",
+            "are fetched over HTTP, which was not tried: who asks takes them away",
+            "",
+        );
+    }
+    let answer = post(&spec.base, "/kv_cache_events", &serde_json::json!({}), 0, LIMIT).await;
+    match answer.map(|answer| (answer.status, decode_drain(&answer.body, facts.block_size.tokens()))) {
+        Ok((StatusCode::OK, Ok(events))) => {
+            let unusable = events.iter().filter(|e| e.as_ref().map_or(true, |e| e.data.is_err())).count();
+            let text =
+                format!("fetched over HTTP: {} waited, {unusable} of them not understood", events.len());
+            if unusable > 0 { report.hint("events", text, "") } else { report.fine("events", text) }
+        }
+        Ok((StatusCode::OK, Err(reason))) => {
+            let text = format!("POST /kv_cache_events answers what is no list of events ({})", reason.name());
+            report.problem("events", text, events_flag(facts.engine));
+        }
+        Ok((status, _)) => {
+            report.problem(
+                "events",
+                format!("POST /kv_cache_events says {status}"),
+                events_flag(facts.engine),
+            );
+        }
+        Err(error) => {
+            report.problem("events", format!("POST /kv_cache_events: {error}"), events_flag(facts.engine));
+        }
     }
 }
 

@@ -150,6 +150,8 @@ pub struct Facts {
     pub started_at_ms: Option<u64>,
     /// Event publishers, one for each rank; empty for a worker without events.
     pub publishers: Vec<Publisher>,
+    /// Events of all ranks are fetched over HTTP instead (TensorRT-LLM's buffered path).
+    pub drains: bool,
     /// Why there are no publishers, or why a part of the above is a guess; each names the `--worker` part that settles it.
     pub notes: Vec<String>,
 }

@@ -13,7 +13,7 @@ use super::probe::{self, GetError};
 use super::{Facts, FleetConfig, Health, Partition, Publisher, Rank, Shared, Signs, Source, Trust};
 use crate::clock;
 use crate::config::{EventsSetting, WorkerSpec};
-use crate::ingest::{Beginnings, Following, Report, Work, follow};
+use crate::ingest::{Beginnings, Draining, Following, Report, Work, drain, follow};
 use crate::state::{Followed, Header, IMAGE_WAIT_MS, Origin};
 use kvlane_events::stream::{Limits, StreamConfig};
 use kvlane_index::hash::Scheme;
@@ -152,6 +152,27 @@ impl Watch {
             publishers
                 .spawn(follow(following, Reporter(Arc::clone(&self.shared), Arc::clone(&self.changed))));
         }
+        if facts.drains {
+            let again = watch::Sender::new(0);
+            let draining = Draining {
+                instance: self.id,
+                base: self.spec.base.clone(),
+                block_size: facts.block_size,
+                lane: partition.lane.clone(),
+                counters: (0..facts.ranks)
+                    .map(|rank| self.shared.counters(Worker { instance: self.id, rank }))
+                    .collect(),
+                process_start: process_start.subscribe(),
+                relearn: again.subscribe(),
+            };
+            let distrusted = self.signs.distrusted.borrow();
+            // One drain tells of all ranks: distrust of any is distrust of it.
+            relearn.extend(
+                (0..facts.ranks)
+                    .map(|rank| (rank, distrusted.get(&rank).copied().unwrap_or(0), again.clone())),
+            );
+            publishers.spawn(drain(draining, Reporter(Arc::clone(&self.shared), Arc::clone(&self.changed))));
+        }
         let now = Instant::now();
         tracing::info!(
             worker = self.name(),
@@ -199,6 +220,7 @@ impl Watch {
             worker: Worker { instance: self.id, rank },
             trust: match facts.publishers.iter().find(|p| p.rank == rank) {
                 Some(publisher) => Trust::Blind(format!("connecting to {}", publisher.events)),
+                None if facts.drains => Trust::Blind("its events were not fetched yet".to_owned()),
                 None => blind(),
             },
             since: now,
@@ -293,13 +315,14 @@ impl Watch {
         if self.spec.kv_events == EventsSetting::Probe && !same_sockets(&facts, &attached.facts) {
             return differs("event endpoint");
         }
-        if restarted && attached.facts.publishers.is_empty() && self.config.cache_aware {
+        if restarted && attached.facts.publishers.is_empty() && !facts.drains && self.config.cache_aware {
             for rank in 0..facts.ranks {
                 attached.partition.index.forget_predictions(Worker { instance: self.id, rank });
             }
         }
         facts.publishers.clone_from(&attached.facts.publishers);
         facts.notes.clone_from(&attached.facts.notes);
+        facts.drains = attached.facts.drains;
         attached.process_start.send_replace(started_at_s(&facts));
         if facts != attached.facts {
             attached.facts = facts.clone();

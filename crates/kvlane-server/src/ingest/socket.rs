@@ -43,7 +43,7 @@ pub(super) struct Replayed {
 pub(super) struct OwnedTask(JoinHandle<()>);
 
 impl OwnedTask {
-    fn spawn(task: impl Future<Output = ()> + Send + 'static) -> Self {
+    pub(super) fn spawn(task: impl Future<Output = ()> + Send + 'static) -> Self {
         Self(tokio::spawn(task))
     }
 }

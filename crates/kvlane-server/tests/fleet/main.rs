@@ -4,6 +4,7 @@ mod captures;
 mod doctor;
 mod rebuild;
 mod support;
+mod trtllm;
 
 use axum::http::StatusCode;
 use kvlane_index::{BlockSize, Overlaps, Worker};

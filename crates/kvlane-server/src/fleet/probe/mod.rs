@@ -151,6 +151,10 @@ async fn settle(spec: &WorkerSpec, said: Said, wants_events: bool) -> Facts {
     };
     let ranks = spec.ranks.or(said.ranks).unwrap_or(1).clamp(1, crate::config::RANKS_MAX);
     let publishers = if wants_events { publishers(spec, &said, ranks, &mut notes).await } else { Vec::new() };
+    let drains = wants_events
+        && publishers.is_empty()
+        && said.engine == EngineKind::TensorRtLlm
+        && spec.kv_events == EventsSetting::Probe;
     Facts {
         engine: said.engine,
         version: said.version,
@@ -162,6 +166,7 @@ async fn settle(spec: &WorkerSpec, said: Said, wants_events: bool) -> Facts {
         cached_tokens: said.cached_tokens,
         started_at_ms: said.started_at_ms,
         publishers,
+        drains,
         notes,
     }
 }
@@ -191,6 +196,8 @@ async fn publishers(spec: &WorkerSpec, said: &Said, ranks: u32, notes: &mut Vec<
             let usual = Endpoint::new(host, DEFAULT_EVENTS_PORT);
             match Connection::open(&usual, Role::Sub).await {
                 Ok(_) => by_rank(&usual, None, None, ranks, Source::Assumed, notes),
+                // Fetched over HTTP, then.
+                Err(_) if said.engine == EngineKind::TensorRtLlm => return Vec::new(),
                 Err(error) => {
                     notes.push(format!(
                         "the engine does not say where it publishes KV-cache events, and the usual {usual} does not answer \
