@@ -3,7 +3,7 @@
 //! The format is that of the recorded captures that the tests use: a `meta` line, then one `frames` line for each message with all
 //! its frames in hex, exactly as they came.
 
-use super::{seq_and_payload, sources};
+use super::{next, seq_and_payload, sources, subscribe};
 use anyhow::Context;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use kvlane_server::clock::unix_s;
@@ -17,6 +17,9 @@ use std::time::Duration;
 
 /// Arguments of `kvlane events record`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  kvlane events record http://gpu1:8000 gpu1.jsonl --seconds 60 && kvlane events replay gpu1.jsonl")]
 pub(crate) struct Args {
     /// The worker, as `--worker` takes it, or tcp://HOST:PORT of a publisher.
     source: String,
@@ -35,7 +38,14 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     writeln!(out, "{}", json!({"kind": "meta", "format": "kv-capture/1", "engine": sources.engine.name()}))?;
     let mut messages = 0u64;
     let recording = async {
-        // What the engine still has of the past, then what comes; both may contain a message.
+        // First listen, then ask for the past: a message may be in both, but none is in neither.
+        let mut taps = FuturesUnordered::new();
+        for (publisher, tap, first) in subscribe(&sources.publishers).await {
+            if let Some(tapped) = first {
+                messages += u64::from(write(&mut out, publisher, "pub", &tapped)?);
+            }
+            taps.push(next(publisher, tap));
+        }
         for publisher in &sources.publishers {
             let Some(endpoint) = &publisher.replay else { continue };
             let mut tap = Tap::replay(endpoint, 0);
@@ -43,11 +53,6 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
                 messages += u64::from(write(&mut out, publisher, "replay", &tapped)?);
             }
         }
-        let mut taps: FuturesUnordered<_> = sources
-            .publishers
-            .iter()
-            .map(|p| next(p, Tap::subscribe(&p.events, p.topic.as_deref().unwrap_or_default())))
-            .collect();
         while let Some((publisher, tap, tapped)) = taps.next().await {
             let Some(tapped) = tapped else { continue };
             messages += u64::from(write(&mut out, publisher, "pub", &tapped)?);
@@ -69,11 +74,6 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     out.flush()?;
     tracing::info!("{messages} messages in {}", args.file.display());
     Ok(())
-}
-
-async fn next(publisher: &Publisher, mut tap: Tap) -> (&Publisher, Tap, Option<Tapped>) {
-    let tapped = tap.recv().await;
-    (publisher, tap, tapped)
 }
 
 /// Whether it was a message.

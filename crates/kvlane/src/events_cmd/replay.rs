@@ -18,6 +18,11 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// Arguments of `kvlane events replay`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  kvlane events replay gpu1.jsonl                            into an index: what was used, and what each rank holds at the end
+  kvlane events replay gpu1.jsonl --to tcp://127.0.0.1:5557  out on a socket, for a router with
+                                                             --worker URL,kv-events=tcp://127.0.0.1:5557,replay=none")]
 pub(crate) struct Args {
     /// A file written by `kvlane events record`.
     file: PathBuf,

@@ -1,6 +1,6 @@
 //! `kvlane events tail URL`.
 
-use super::{on_the_wire, print, seq_and_payload, sources};
+use super::{next, on_the_wire, print, seq_and_payload, sources, subscribe};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use kvlane_events::wire::{self, WireEvent};
 use kvlane_index::EngineHash;
@@ -13,6 +13,11 @@ const HASHES_SHOWN: usize = 3;
 
 /// Arguments of `kvlane events tail`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  kvlane events tail http://gpu1:8000                 asks the engine where it publishes
+  kvlane events tail tcp://gpu1:5557                  a publisher, without asking
+  kvlane events tail http://gpu1:8000 --json | jq -c '.events[] | select(.type == \"removed\")'")]
 pub(crate) struct Args {
     /// The worker, as `--worker` takes it, or tcp://HOST:PORT of a publisher.
     source: String,
@@ -27,6 +32,14 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     let sources = sources(&args.source).await?;
     let engine = on_the_wire(sources.engine);
+    let mut taps = FuturesUnordered::new();
+    for (publisher, tap, first) in subscribe(&sources.publishers).await {
+        if let Some(tapped) = first {
+            show(publisher, &tapped, engine, args.json)?;
+        }
+        taps.push(next(publisher, tap));
+    }
+    // What is published meanwhile waits, and is shown again after the past if it is in both.
     for publisher in sources.publishers.iter().filter(|_| args.from_start) {
         let Some(endpoint) = &publisher.replay else { continue };
         let mut tap = Tap::replay(endpoint, 0);
@@ -34,20 +47,12 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
             show(publisher, &tapped, engine, args.json)?;
         }
     }
-    let topic = |p: &Publisher| p.topic.clone().unwrap_or_default();
-    let mut taps: FuturesUnordered<_> =
-        sources.publishers.iter().map(|p| next(p, Tap::subscribe(&p.events, &topic(p)))).collect();
     while let Some((publisher, tap, tapped)) = taps.next().await {
         let Some(tapped) = tapped else { continue };
         show(publisher, &tapped, engine, args.json)?;
         taps.push(next(publisher, tap));
     }
     Ok(())
-}
-
-async fn next(publisher: &Publisher, mut tap: Tap) -> (&Publisher, Tap, Option<Tapped>) {
-    let tapped = tap.recv().await;
-    (publisher, tap, tapped)
 }
 
 fn show(
