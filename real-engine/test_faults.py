@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Faults with real processes: whatever happens to a router or an engine, the router's knowledge is exact again soon after.
 
-    test_faults.py --kvlane target/release/kvlane          two mock engines (kvlane mock-engine): seconds
-    test_faults.py --kvlane target/release/kvlane --real   two real vLLM servers: minutes
+    test_faults.py --kvlane target/release/kvlane                 two mock engines (kvlane mock-engine): a minute
+    test_faults.py --kvlane target/release/kvlane --engine zmq    two engines made of pyzmq (pyzmq_engine.py), of both wire forms: two minutes
+    test_faults.py --kvlane target/release/kvlane --engine vllm   two real vLLM servers: minutes
+    test_faults.py --kvlane target/release/kvlane --engine vllm-dp   one real vLLM server of two data-parallel ranks: minutes
 
 Exact: for requests sent one after another, `predicted_cached_tokens` equals the engine's own `cached_tokens`. Ends with a line
 `N passed, N failed`.
@@ -84,6 +86,61 @@ class Mock:
 
     def resume(self):
         self.process.send_signal(signal.SIGCONT)
+
+
+class Forwarder(threading.Thread):
+    """Passes TCP on, until it is told to go quiet: what was connected then stays open and says nothing, as when a cable is pulled."""
+
+    def __init__(self, to):
+        super().__init__(daemon=True)
+        self.to, self.alive = to, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.start()
+
+    def run(self):
+        while True:
+            inner, _ = self.listener.accept()
+            try:
+                outer = socket.create_connection(("127.0.0.1", self.to))
+            except OSError:
+                inner.close()
+                continue
+            quiet = threading.Event()
+            self.alive.append(quiet)
+            for one, other in [(inner, outer), (outer, inner)]:
+                threading.Thread(target=self.carry, args=(one, other, quiet), daemon=True).start()
+
+    def carry(self, one, other, quiet):
+        while True:
+            try:
+                data = one.recv(65536)
+                if quiet.is_set():
+                    continue
+                if not data:
+                    return other.close()
+                other.sendall(data)
+            except OSError:
+                return other.close()
+
+    def go_quiet(self):
+        for quiet in self.alive:
+            quiet.set()
+        self.alive = []
+
+
+class Zmq(Mock):
+    """pyzmq_engine.py: the first of an old vLLM's wire form (arrays, replays without topic), the second of a new one's."""
+
+    def __init__(self, index, logs):
+        self.port, events, replay = free_port(), free_port(), free_port()
+        self.url, self.model, self.block_size = f"http://127.0.0.1:{self.port}", "mock", 16
+        self.forwarder = Forwarder(events)
+        self.log = open(logs / f"zmq-{index}.log", "ab")
+        old = ["--form", "array", "--framing", "old"] if index == 0 else []
+        self.args = [sys.executable, str(Path(__file__).with_name("pyzmq_engine.py")), "--port", str(self.port), "--events-port", str(events),
+                     "--replay-port", str(replay), "--told-events-port", str(self.forwarder.port), "--topic", f"kv@{index}", *old]
+        self.process = None
 
 
 class Real(Engine):
@@ -207,7 +264,7 @@ class Faults:
         thread.start()
         time.sleep(1)
         self.router.stop()
-        self.router.start().wait(2)
+        self.router.start().wait(len(self.engines))
         self.until("live after the router was restarted under load", self.settled, EXACT_AGAIN_S)
         done.set()
         thread.join()
@@ -253,52 +310,105 @@ class Faults:
         time.sleep(DRAIN_S)
         self.exact("after a cache reset that was announced")
 
+    def faults(self, which, engines=None):
+        for engine in engines or self.engines:
+            ask(engine.url, "/mock/faults", which)
+
     def events_lost(self):
-        for engine in self.engines:
-            ask(engine.url, "/mock/faults", {"drop": 0.3, "duplicate": 0.2, "reorder": 0.2})
+        self.faults({"drop": 0.3, "duplicate": 0.2, "reorder": 0.2})
         self.direct(60)
         for _ in range(20):
             self.one()
-        for engine in self.engines:
-            ask(engine.url, "/mock/faults", {})
+        self.faults({})
         # A lost tail shows with the next batch.
         self.direct(1)
         self.until("live after events were lost, doubled and reordered", self.settled, 30)
         time.sleep(DRAIN_S)
         self.exact("after events were lost, doubled and reordered")
 
+    def events_delayed(self):
+        self.faults({"delay_ms": 30})
+        self.direct(30)
+        self.faults({})
+        time.sleep(30 * 0.03 + DRAIN_S)
+        self.exact("after events were delayed")
+
+    def replay_truncated(self):
+        """What a replay brings breaks off, for a router that knows nothing yet."""
+        self.faults({"replay_batches": 3})
+        self.router.stop()
+        self.router.start().wait(len(self.engines))
+        self.direct(20)
+        self.faults({})
+        self.direct(1)
+        self.until("live after replays had broken off", self.settled, 30)
+        time.sleep(DRAIN_S)
+        self.exact("after replays had broken off")
+
+    def died_in_replay(self):
+        """An engine dies while it answers a replay, and comes back with nothing."""
+        victim = self.engines[0]
+        self.faults({"replay_batches": 3}, [victim])
+        self.router.stop()
+        self.router.start().wait(len(self.engines))
+        victim.kill()
+        victim.start().wait()
+        self.until("live after an engine died in the middle of a replay", self.settled, 10)
+        self.exact("after an engine died in the middle of a replay")
+
+    def half_open(self):
+        for engine in self.engines:
+            engine.forwarder.go_quiet()
+        self.direct(40)
+        # 15 s of silence, then a new connection.
+        time.sleep(16)
+        self.until("live after connections had gone quiet", self.settled, 15)
+        time.sleep(DRAIN_S)
+        self.exact("after connections had gone quiet")
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kvlane", required=True)
-    parser.add_argument("--real", action="store_true")
+    parser.add_argument("--engine", choices=["mock", "zmq", "vllm", "vllm-dp"], default="mock")
     parser.add_argument("--seed", type=int, default=7)
     given = parser.parse_args()
     logs = Path(tempfile.mkdtemp(prefix="kvlane-faults-"))
     print("logs in", logs)
-    if given.real:
-        engines = [Real(i, blocks=129, logs=logs) for i in range(2)]
-        tokenizer = str(MODELS / "tiny-llama")
-    else:
-        engines = [Mock(given.kvlane, i, logs) for i in range(2)]
-        tokenizer = "engine"
+    match given.engine:
+        case "mock":
+            engines = [Mock(given.kvlane, i, logs) for i in range(2)]
+        case "zmq":
+            engines = [Zmq(i, logs) for i in range(2)]
+        case "vllm":
+            engines = [Real(i, blocks=129, logs=logs) for i in range(2)]
+        case "vllm-dp":
+            engines = [Real(0, blocks=129, logs=logs, dp=2)]
+    tokenizer = str(MODELS / "tiny-llama") if given.engine.startswith("vllm") else "engine"
     router = Router(given.kvlane, engines, tokenizer, logs)
     try:
         for engine in engines:
             engine.start()
         for engine in engines:
             engine.wait()
-        router.start().wait(2)
+        router.start().wait(len(engines))
         faults = Faults(router, engines, given.seed)
         faults.exact("undisturbed")
         faults.router_paused()
         faults.router_restarted()
-        if given.real:
-            faults.reset()
-        else:
+        if given.engine == "mock":
             faults.events_lost()
-        faults.engine_killed()
-        faults.engine_paused()
+        else:
+            faults.reset()
+        if given.engine == "zmq":
+            faults.events_lost()
+            faults.events_delayed()
+            faults.replay_truncated()
+            faults.died_in_replay()
+            faults.half_open()
+        if len(engines) > 1:
+            faults.engine_killed()
+            faults.engine_paused()
     finally:
         router.stop()
         for engine in engines:
