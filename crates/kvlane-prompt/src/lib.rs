@@ -25,5 +25,5 @@ mod tokenizer;
 
 pub use error::{BadRequest, Expected, LoadError, PromptError, Unroutable};
 pub use model::{ContentFormat, ModelPrompt, Prompt, PromptConfig};
-pub use prefix_cache::CacheStats;
+pub use prefix_cache::{CacheStats, Prefix};
 pub use request::{Endpoint, RequestFields};

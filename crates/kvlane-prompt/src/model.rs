@@ -2,10 +2,10 @@
 
 use crate::chat::{self, ChatInputs};
 use crate::error::{LoadError, PromptError, Unroutable};
-use crate::prefix_cache::CacheStats;
+use crate::prefix_cache::{CacheStats, Known, Prefix};
 use crate::request::{Endpoint, PromptInput, RequestFields, prompt_inputs};
 use crate::template::ChatTemplates;
-use crate::tokenizer::{Encoded, Tokenizer};
+use crate::tokenizer::Tokenizer;
 use serde_json::{Map, Value as Json};
 use std::path::Path;
 
@@ -55,6 +55,8 @@ pub struct Prompt {
     pub tokens: Vec<u32>,
     /// How many of the leading tokens were known before: their text cost a look-up, not a tokenization.
     pub known_tokens: usize,
+    /// Names of some of its beginnings, shortest first; empty where nothing is kept.
+    pub prefixes: Vec<Prefix>,
 }
 
 /// One model's tokenizer and chat template. Shared by all threads.
@@ -134,7 +136,7 @@ impl ModelPrompt {
             .map(|input| match input {
                 PromptInput::Text(text) if text.is_empty() => Err(Unroutable::Rejected.into()),
                 PromptInput::Text(text) => self.tokenize(request, &text, special),
-                PromptInput::Tokens(tokens) => self.fit(request, Encoded { tokens, known: 0 }),
+                PromptInput::Tokens(tokens) => self.fit(request, Known { tokens, ..Known::default() }),
             })
             .collect()
     }
@@ -176,21 +178,23 @@ impl ModelPrompt {
     }
 
     /// Truncates, by default to the last tokens, and refuses what is still too long.
-    fn fit(&self, request: &RequestFields, encoded: Encoded) -> Result<Prompt, PromptError> {
-        let Encoded { mut tokens, mut known } = encoded;
+    fn fit(&self, request: &RequestFields, encoded: Known) -> Result<Prompt, PromptError> {
+        let Known { mut tokens, mut known, mut prefixes } = encoded;
         if let Some(limit) = self.limit(request).filter(|&limit| limit < tokens.len()) {
             if request.truncate_left.unwrap_or(true) {
                 tokens.drain(..tokens.len() - limit);
                 known = 0;
+                prefixes.clear();
             } else {
                 tokens.truncate(limit);
                 known = known.min(limit);
+                prefixes.retain(|prefix| prefix.tokens <= limit);
             }
         }
         if self.config.max_model_len.is_some_and(|max| tokens.len() > max as usize) {
             return Err(Unroutable::TooLong.into());
         }
-        Ok(Prompt { tokens, known_tokens: known })
+        Ok(Prompt { tokens, known_tokens: known, prefixes })
     }
 
     /// Counts of what is kept of texts and their tokens.

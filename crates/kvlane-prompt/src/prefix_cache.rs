@@ -18,6 +18,12 @@
 //! prompt is held once. The text is kept with the tokens and compared, so equal hashes cannot mix two texts up.
 //! Recently used segments stay (second chance); the bound counts text, tokens and a segment's own overhead.
 //!
+//! # Names of prefixes
+//!
+//! Whoever derives something from leading tokens (block hashes, say) can keep it, too: each segment has a number of its own, never used again, and the
+//! numbers of a text's first segments, chained, are the name of the tokens so far ([`Prefix`]). Equal names mean equal tokens; a segment that was
+//! dropped and tokenized again has another number, so that its prefixes are unknown and nothing is wrong.
+//!
 //! # Consistency
 //!
 //! Shared by all threads. Shards are by content; a hit takes a shard's lock shared, for a look-up and an `Arc` clone, and the texts are
@@ -29,7 +35,7 @@ use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
-use xxhash_rust::xxh3::xxh3_64_with_seed;
+use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128};
 
 /// Shortest segment, in bytes: below it a look-up costs as much as it saves.
 const MIN_SEGMENT_BYTES: usize = 64;
@@ -91,6 +97,41 @@ impl Cuts {
     }
 }
 
+/// Leading tokens of a prompt, under a name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Prefix {
+    /// How many of the prompt's tokens it spans.
+    pub tokens: usize,
+    /// Equal ids, of whatever model, mean equal tokens (but for two chains of numbers that happen to hash alike, odds of 2^-128). Not stable:
+    /// the same tokens may have another id later.
+    pub id: u128,
+}
+
+impl Prefix {
+    /// Before any token; `kind` tells apart what may stand before a text.
+    pub(crate) fn empty(kind: u64) -> Self {
+        Self { tokens: 0, id: xxh3_128(&kind.to_le_bytes()) }
+    }
+
+    /// With the segment of this number behind it, up to `tokens` tokens.
+    fn then(self, number: u64, tokens: usize) -> Self {
+        let mut chain = [0; 24];
+        chain[..16].copy_from_slice(&self.id.to_le_bytes());
+        chain[16..].copy_from_slice(&number.to_le_bytes());
+        Self { tokens, id: xxh3_128(&chain) }
+    }
+}
+
+/// A text's tokens, and what is known of their beginnings.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Known {
+    pub(crate) tokens: Vec<u32>,
+    /// How many of the leading ones were known before.
+    pub(crate) known: usize,
+    /// The prefixes that end with a segment, shortest first.
+    pub(crate) prefixes: Vec<Prefix>,
+}
+
 /// Counts of a [`PrefixCache`], from its start on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct CacheStats {
@@ -125,8 +166,12 @@ struct Shard {
     bytes: usize,
 }
 
+/// Counts segments, over all caches of the process.
+static NUMBERS: AtomicU64 = AtomicU64::new(0);
+
 #[derive(Debug)]
 struct Segment {
+    number: u64,
     before: Option<u32>,
     text: Box<str>,
     tokens: Box<[u32]>,
@@ -151,15 +196,19 @@ impl PrefixCache {
         }
     }
 
-    /// The tokens of `text`, and how many of the leading ones were known. `encode` tokenizes what is not: the text of a
+    /// The tokens of `text`, with those of `before` in front of them. `encode` tokenizes what is not known: the text of a
     /// segment, which begins with the given token if there is one.
     pub(crate) fn tokens(
         &self,
         cuts: &Cuts,
         text: &str,
+        before: &[u32],
         mut encode: impl FnMut(&str) -> Result<Vec<u32>, Unroutable>,
-    ) -> Result<(Vec<u32>, usize), Unroutable> {
-        let mut tokens = Vec::with_capacity(text.len() / 3);
+    ) -> Result<Known, Unroutable> {
+        let mut tokens = Vec::with_capacity(text.len() / 3 + before.len());
+        tokens.extend_from_slice(before);
+        let mut prefixes: Vec<Prefix> = Vec::new();
+        let mut prefix = Prefix::empty(u64::from(!before.is_empty()));
         let (mut known, mut all_known) = (0, true);
         let (mut hit_bytes, mut miss_bytes) = (0, 0);
         for (before, segment) in cuts.segments(text) {
@@ -171,6 +220,8 @@ impl PrefixCache {
                 if all_known {
                     known = tokens.len();
                 }
+                prefix = prefix.then(found.number, tokens.len());
+                prefixes.push(prefix);
                 continue;
             }
             all_known = false;
@@ -185,11 +236,13 @@ impl PrefixCache {
                     tokens.extend_from_slice(rest);
                 }
             }
-            self.insert(hash, id, segment, &tokens[start..]);
+            let number = self.insert(hash, id, segment, &tokens[start..]);
+            prefix = prefix.then(number, tokens.len());
+            prefixes.push(prefix);
         }
         self.hit_bytes.fetch_add(hit_bytes as u64, Ordering::Relaxed);
         self.miss_bytes.fetch_add(miss_bytes as u64, Ordering::Relaxed);
-        Ok((tokens, known))
+        Ok(Known { tokens, known, prefixes })
     }
 
     pub(crate) fn stats(&self) -> CacheStats {
@@ -227,8 +280,11 @@ impl PrefixCache {
         Some(found)
     }
 
-    fn insert(&self, hash: u64, before: Option<u32>, text: &str, tokens: &[u32]) {
+    /// Keeps a segment, if there is room for it, and returns its number.
+    fn insert(&self, hash: u64, before: Option<u32>, text: &str, tokens: &[u32]) -> u64 {
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
         let segment = Arc::new(Segment {
+            number,
             before,
             text: text.into(),
             tokens: tokens.into(),
@@ -237,7 +293,7 @@ impl PrefixCache {
         let bytes = segment.bytes();
         // One text must not push out all others.
         if bytes > self.shard_bytes / 2 {
-            return;
+            return number;
         }
         let mut evicted = 0;
         let mut shard = self.shard(hash).write().unwrap_or_else(PoisonError::into_inner);
@@ -259,6 +315,7 @@ impl PrefixCache {
         }
         drop(shard);
         self.evicted.fetch_add(evicted, Ordering::Relaxed);
+        number
     }
 }
 
@@ -280,5 +337,7 @@ impl Hasher for Identity {
     }
 }
 
+#[cfg(test)]
+pub(crate) mod random;
 #[cfg(test)]
 mod tests;

@@ -1,29 +1,9 @@
 //! With the cache = without it, whatever was tokenized before.
 
+use super::random::Random;
 use super::*;
 use crate::tokenizer::{Tokenizer, TokenizerConfig};
 use std::path::Path;
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        usize::try_from(self.next() % n as u64).unwrap()
-    }
-
-    fn pick<'a>(&mut self, from: &[&'a str]) -> &'a str {
-        from[self.below(from.len())]
-    }
-}
 
 fn tokenizers() -> Vec<(String, Tokenizer)> {
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/models");
@@ -126,6 +106,7 @@ fn with_the_cache_as_without() {
             // Small enough for evictions, so that every mix of known and unknown segments comes up.
             let cache = PrefixCache::new(SHARDS * 3000);
             let mut texts = vec![String::new()];
+            let mut named: HashMap<u128, Vec<u32>> = HashMap::new();
             for step in 0..60 {
                 let from = texts[random.below(texts.len())].clone();
                 let text = match random.below(4) {
@@ -133,11 +114,22 @@ fn with_the_cache_as_without() {
                     1 => edit(&mut random, &from),
                     _ => from + &message(&mut random) + random.pick(&MARKS),
                 };
-                let (ours, known) =
-                    cache.tokens(tokenizer.cuts(), &text, |text| tokenizer.encode_content(text)).unwrap();
-                let fresh = tokenizer.encode_content(&text).unwrap();
-                assert_eq!(ours, fresh, "{name}, seed {seed}, step {step}: {text:?}");
-                assert!(known <= ours.len());
+                let before: &[u32] = if random.below(3) == 0 { &[1] } else { &[] };
+                let ours = cache
+                    .tokens(tokenizer.cuts(), &text, before, |text| tokenizer.encode_content(text))
+                    .unwrap();
+                let fresh = [before, &tokenizer.encode_by_library(&text).unwrap()].concat();
+                assert_eq!(ours.tokens, fresh, "{name}, seed {seed}, step {step}: {text:?}");
+                assert!(ours.known <= fresh.len());
+                for prefix in &ours.prefixes {
+                    let tokens = named.entry(prefix.id).or_insert_with(|| fresh[..prefix.tokens].to_vec());
+                    assert_eq!(
+                        *tokens,
+                        fresh[..prefix.tokens],
+                        "{name}, seed {seed}, step {step}: one name for two"
+                    );
+                }
+                assert_eq!(ours.prefixes.last().map_or(before.len(), |last| last.tokens), fresh.len());
                 texts.push(text);
             }
         }
@@ -150,17 +142,25 @@ fn a_growing_conversation_costs_its_new_text() {
     let cache = PrefixCache::new(1 << 20);
     let mut text = String::new();
     let mut tokenized = 0;
+    let mut seen = Vec::new();
     for turn in 0..50 {
         text.push_str(&format!(
             "<|im_start|>user\nthis is what was said in turn {turn}, at some length<|im_end|>\n"
         ));
-        let (_, known) = cache
-            .tokens(tokenizer.cuts(), &text, |text| {
+        let Known { known, prefixes, .. } = cache
+            .tokens(tokenizer.cuts(), &text, &[], |text| {
                 tokenized += text.len();
                 tokenizer.encode_content(text)
             })
             .unwrap();
         assert_eq!(known > 0, turn > 0);
+        let same = prefixes.iter().filter(|prefix| seen.contains(&prefix.id)).count();
+        assert!(
+            turn == 0 || same + 2 >= prefixes.len(),
+            "turn {turn}: {same} of {} have their name",
+            prefixes.len()
+        );
+        seen.extend(prefixes.iter().map(|prefix| prefix.id));
     }
     assert!(tokenized < 2 * text.len(), "{tokenized} bytes tokenized for a conversation of {}", text.len());
     let stats = cache.stats();
@@ -175,14 +175,14 @@ fn the_bound_holds_and_what_is_used_stays() {
     let hot = format!("{}<|im_end|>", "the system prompt of everybody ".repeat(10));
     for i in 0..3000 {
         let text = format!("{hot}{} message number {i}<|im_end|>", "words ".repeat(20));
-        let (_, known) =
-            cache.tokens(tokenizer.cuts(), &text, |text| tokenizer.encode_content(text)).unwrap();
+        let Known { known, .. } =
+            cache.tokens(tokenizer.cuts(), &text, &[], |text| tokenizer.encode_content(text)).unwrap();
         assert!(i == 0 || known > 0, "the hot segment was dropped at {i}");
         assert!(cache.stats().bytes <= bytes as u64);
     }
     assert!(cache.stats().evicted > 1000);
     // Longer than what a shard takes: tokenized each time, kept never.
     let long = "x ".repeat(4000);
-    cache.tokens(tokenizer.cuts(), &long, |text| tokenizer.encode_content(text)).unwrap();
+    cache.tokens(tokenizer.cuts(), &long, &[], |text| tokenizer.encode_content(text)).unwrap();
     assert!(cache.stats().bytes <= bytes as u64);
 }

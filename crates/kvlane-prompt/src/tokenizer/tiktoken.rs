@@ -153,7 +153,7 @@ fn base64(text: &str) -> Option<Vec<u8>> {
 }
 
 /// The letter by which byte-level vocabularies write each byte: printable Latin-1 as itself, the others from U+0100 on.
-fn letters() -> [char; 256] {
+pub(super) fn letters() -> [char; 256] {
     let mut next = 0x100;
     std::array::from_fn(|byte| {
         let byte = u8::try_from(byte).expect("an array of 256");
