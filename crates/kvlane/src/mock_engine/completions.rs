@@ -1,16 +1,15 @@
 //! `POST /v1/completions`.
 
 use super::error::Refusal;
-use super::generate::{self, Job, Said, Usage};
+use super::generate::{self, Said, Usage};
 use super::life::Life;
 use super::openai::{Completion, Prompts};
-use super::stream::{Chunks, Reporting, respond};
+use super::stream::{Answers, Head, answer};
 use super::tokenizer::{decode, encode};
-use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::HeaderMap;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
@@ -34,79 +33,51 @@ pub(super) async fn completions(
     }
     let common = request.common;
     let job = generate::start(&life, &headers, &common, prompts, Some(DEFAULT_MAX_TOKENS)).await?;
-    let head = Head {
-        id: life.response_id("cmpl", &headers),
-        created: life.now_s(),
-        model: job.model.clone(),
+    let answers = CompletionAnswers {
+        head: Head::new(&life, &headers, "cmpl", &job.model),
         token_ids: common.return_token_ids.unwrap_or(false),
         echo: request.echo,
         prompts: job.prompts.clone(),
-        fingerprint: life.fingerprint(),
     };
-    if common.stream.unwrap_or(false) {
-        let reporting = Reporting::of(common.stream_options);
-        let dies = life.draw_death();
-        let (said, steps) = job.into_stream();
-        return Ok(respond(life, head, said, steps, reporting, dies));
-    }
-    let _in_flight = life.count_in_flight();
-    whole(&life, &head, job).await
+    answer(life, answers, job, common).await
 }
 
-async fn whole(life: &Life, head: &Head, mut job: Job) -> Result<Response, Refusal> {
-    let cached = job.finish().await?;
-    let usage = head.count(life.config.report_cached_tokens.then_some(cached), job.completion_tokens());
-    let choices: Vec<Value> = job
-        .said
-        .iter()
-        .map(|choice| {
-            let prompt = &job.prompts[choice.prompt];
-            json!({
-                "index": choice.index,
-                "text": head.echoed(prompt) + &choice.text(),
-                "logprobs": null,
-                "finish_reason": choice.finish_reason(),
-                "stop_reason": null,
-                "token_ids": head.token_ids.then_some(&choice.tokens),
-                "prompt_logprobs": null,
-                "prompt_token_ids": head.token_ids.then_some(prompt),
-                "routed_experts": null,
-            })
-        })
-        .collect();
-    Ok(Json(json!({
-        "id": head.id, "object": "text_completion", "created": head.created, "model": head.model,
-        "choices": choices,
-        "service_tier": null, "system_fingerprint": head.fingerprint,
-        "usage": usage.whole(),
-        "kv_transfer_params": null, "ec_transfer_params": null, "metrics": null,
-    }))
-    .into_response())
-}
-
-/// What every chunk of a response repeats.
-struct Head {
-    id: String,
-    created: u64,
-    model: String,
+struct CompletionAnswers {
+    head: Head,
     token_ids: bool,
     echo: bool,
     prompts: Vec<Vec<u32>>,
-    fingerprint: String,
 }
 
-impl Head {
-    fn chunk(&self, choices: &[Value]) -> Value {
-        json!({"id": self.id, "object": "text_completion", "created": self.created, "model": self.model,
-               "choices": choices})
-    }
-
+impl CompletionAnswers {
     fn echoed(&self, prompt: &[u32]) -> String {
         if self.echo { decode(prompt, false) } else { String::new() }
     }
 }
 
-impl Chunks for Head {
+impl Answers for CompletionAnswers {
+    const WHOLE: &'static str = "text_completion";
+    const CHUNK: &'static str = "text_completion";
+
+    fn head(&self) -> &Head {
+        &self.head
+    }
+
+    fn choice(&self, said: &Said) -> Value {
+        let prompt = &self.prompts[said.prompt];
+        json!({
+            "index": said.index,
+            "text": self.echoed(prompt) + &said.text(),
+            "logprobs": null,
+            "finish_reason": said.finish_reason(),
+            "stop_reason": null,
+            "token_ids": self.token_ids.then_some(&said.tokens),
+            "prompt_logprobs": null,
+            "prompt_token_ids": self.token_ids.then_some(prompt),
+            "routed_experts": null,
+        })
+    }
+
     fn opening(&self, _: &Said) -> Option<Value> {
         None
     }
@@ -115,22 +86,18 @@ impl Chunks for Head {
         let prompt = &self.prompts[said.prompt];
         let text =
             if index == 0 { self.echoed(prompt) + &said.token_text(index) } else { said.token_text(index) };
-        self.chunk(&[json!({
-            "index": said.index,
-            "text": text,
-            "logprobs": null,
-            "finish_reason": last.then(|| said.finish_reason()),
-            "stop_reason": null,
-            "prompt_token_ids": (self.token_ids && index == 0).then_some(prompt),
-            "token_ids": self.token_ids.then(|| [said.tokens[index]]),
-        })])
-    }
-
-    fn usage(&self, usage: Value) -> Value {
-        let mut chunk = self.chunk(&[]);
-        chunk["usage"] = usage;
-        chunk["system_fingerprint"] = json!(self.fingerprint);
-        chunk
+        self.head.object(
+            Self::CHUNK,
+            &[json!({
+                "index": said.index,
+                "text": text,
+                "logprobs": null,
+                "finish_reason": last.then(|| said.finish_reason()),
+                "stop_reason": null,
+                "prompt_token_ids": (self.token_ids && index == 0).then_some(prompt),
+                "token_ids": self.token_ids.then(|| [said.tokens[index]]),
+            })],
+        )
     }
 
     fn count(&self, cached: Option<u32>, completion: usize) -> Usage {
