@@ -34,6 +34,12 @@ pub enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// 512 streaming clients that leave at random, for ten minutes: what stays behind in the gateway.
+    Soak {
+        /// Its options: `--clients N`, `--seconds N`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
 }
 
 /// Runs it.
@@ -47,21 +53,25 @@ pub fn run(bench: &Bench) -> Result<()> {
         }
         Bench::Picks { decisions } => workspace("bench/opponents", "picks", &[decisions.to_string()]),
         Bench::Events { arguments } => crate::events::run(arguments),
-        Bench::Gateway { arguments } => {
-            let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-            let status = Command::new(env!("CARGO"))
-                .args(["build", "--release", "--locked", "--package", "kvlane"])
-                .current_dir(&root)
-                .status()
-                .context("could not build kvlane")?;
-            ensure!(status.success(), "kvlane: {status}");
-            let kvlane = root.join("target/release/kvlane").display().to_string();
-            let folder = root.join("target/bench/peers").display().to_string();
-            let mut all = vec!["run".to_owned(), "--kvlane".into(), kvlane, "--folder".into(), folder];
-            all.extend(arguments.iter().cloned());
-            workspace("bench/gateway", "gateway-bench", &all)
-        }
+        Bench::Gateway { arguments } => gateway("run", arguments),
+        Bench::Soak { arguments } => gateway("soak", arguments),
     }
+}
+
+/// Builds kvlane and hands it to the gateway's bench.
+fn gateway(command: &str, arguments: &[String]) -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let status = Command::new(env!("CARGO"))
+        .args(["build", "--release", "--locked", "--package", "kvlane"])
+        .current_dir(&root)
+        .status()
+        .context("could not build kvlane")?;
+    ensure!(status.success(), "kvlane: {status}");
+    let kvlane = root.join("target/release/kvlane").display().to_string();
+    let folder = root.join("target/bench/peers").display().to_string();
+    let mut all = vec![command.to_owned(), "--kvlane".into(), kvlane, "--folder".into(), folder];
+    all.extend(arguments.iter().cloned());
+    workspace("bench/gateway", "gateway-bench", &all)
 }
 
 fn workspace(folder: &str, package: &str, arguments: &[String]) -> Result<()> {

@@ -68,6 +68,14 @@ impl Connection {
         Ok(read)
     }
 
+    /// Waits until the peer closes, which it does without a word.
+    pub async fn closed(&mut self) -> io::Result<()> {
+        match self.fill().await? {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            _ => Err(malformed("a word out of turn")),
+        }
+    }
+
     /// The next head; `None` when the peer closed before one.
     pub async fn head(&mut self) -> io::Result<Option<Head>> {
         let end = loop {

@@ -11,6 +11,7 @@ mod prompts;
 mod report;
 mod routers;
 mod sheet;
+mod soak;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -59,6 +60,21 @@ enum Arguments {
         #[arg(long)]
         tokenizes: bool,
     },
+    /// Streams whose clients leave at random: does anything stay behind?
+    Soak {
+        /// The binary to soak.
+        #[arg(long)]
+        kvlane: PathBuf,
+        /// Where its log is written.
+        #[arg(long)]
+        folder: PathBuf,
+        /// Clients at a time.
+        #[arg(long, default_value_t = 512)]
+        clients: u64,
+        /// How long.
+        #[arg(long, default_value_t = 600)]
+        seconds: u64,
+    },
     /// Tables of BENCHMARKS.md from the rows.
     Report,
 }
@@ -83,6 +99,11 @@ fn main() -> Result<()> {
             if quick { Ok(()) } else { report::run(&results()) }
         }
         Arguments::Engine { ports, tokenizes } => runtime()?.block_on(engine::run(&ports, tokenizes)),
+        Arguments::Soak { kvlane, folder, clients, seconds } => {
+            let folder = Folder(std::path::absolute(folder)?);
+            std::fs::create_dir_all(folder.0.join("logs"))?;
+            soak::run(&kvlane, &folder, clients, Duration::from_secs(seconds))
+        }
         Arguments::Report => report::run(&results()),
     }
 }

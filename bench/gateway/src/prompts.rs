@@ -19,7 +19,7 @@ const TURN_WORDS: usize = 40;
 const HOT_PROMPTS: u64 = 4;
 
 /// Steps a counter into a well-mixed number (SplitMix64).
-fn random(state: &mut u64) -> u64 {
+pub fn random(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let mut z = *state;
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

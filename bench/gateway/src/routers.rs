@@ -163,7 +163,16 @@ impl Router {
             }
             Kind::Kvlane(policy) => {
                 let mut command = Command::new(kvlane);
-                command.args(["serve", "--listen", &format!("127.0.0.1:{port}"), "--policy", policy]);
+                // A line a request is written by none of the others either.
+                command.args([
+                    "--log",
+                    "warn",
+                    "serve",
+                    "--listen",
+                    &format!("127.0.0.1:{port}"),
+                    "--policy",
+                    policy,
+                ]);
                 urls.iter().for_each(|url| {
                     command.args(["--worker", url]);
                 });
@@ -230,17 +239,9 @@ impl Router {
         pids
     }
 
-    /// CPU time so far of all its threads that live, in ns.
+    /// CPU time so far, in ns.
     pub fn cpu_ns(&self) -> u64 {
-        let of = |pid: u32| -> u64 {
-            let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return 0 };
-            let ran = |task: std::fs::DirEntry| {
-                let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
-                text.split_whitespace().next()?.parse::<u64>().ok()
-            };
-            tasks.flatten().filter_map(ran).sum()
-        };
-        self.pids().into_iter().map(of).sum()
+        self.pids().into_iter().map(crate::sheet::cpu_ns).sum()
     }
 
     /// Resident memory now, in MB.
@@ -297,7 +298,7 @@ fn nginx_config(port: u16, engines: &[u16], own: &Path) -> String {
         .map(|kind| format!("{kind}_temp_path {own}/temp;"))
         .collect();
     format!(
-        "daemon off; worker_processes 2; pid {own}/pid; error_log {own}/error.log;
+        "daemon off; user root; worker_processes 2; pid {own}/pid; error_log {own}/error.log;
 events {{ worker_connections 4096; }}
 http {{
   access_log off; {temp}
