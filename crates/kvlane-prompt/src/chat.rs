@@ -8,6 +8,7 @@
 use crate::error::{BadRequest, Expected, PromptError, Unroutable};
 use crate::model::{ContentFormat, PromptConfig};
 use crate::request::RequestFields;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value as Json};
 
 type Object = Map<String, Json>;
@@ -135,6 +136,39 @@ pub(crate) fn messages(
     }
     Ok(conversation)
 }
+
+/// Whether any of these messages holds more than text. What cannot be read does not.
+pub(crate) fn has_media(messages_json: &str) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Message<'a> {
+        #[serde(borrow, default)]
+        content: Option<&'a RawValue>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Part {
+        #[serde(default)]
+        r#type: Json,
+        #[serde(default)]
+        uuid: Json,
+    }
+    let messages: Vec<Message<'_>> = serde_json::from_str(messages_json).unwrap_or_default();
+    messages
+        .iter()
+        .filter_map(|message| message.content)
+        .filter(|content| content.get().starts_with('['))
+        .any(|content| {
+            let parts: Vec<Json> = serde_json::from_str(content.get()).unwrap_or_default();
+            parts.into_iter().filter(Json::is_object).any(|part| {
+                serde_json::from_value::<Part>(part).is_ok_and(|part| {
+                    !part.uuid.is_null()
+                        || !part.r#type.as_str().is_some_and(|kind| TEXT_PARTS.contains(&kind))
+                })
+            })
+        })
+}
+
+/// Kinds of content parts that are text.
+const TEXT_PARTS: [&str; 6] = ["text", "input_text", "output_text", "refusal", "thinking", "tool_reference"];
 
 fn role(message: &Object) -> &str {
     message.get("role").and_then(Json::as_str).unwrap_or_default()

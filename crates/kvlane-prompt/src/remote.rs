@@ -59,6 +59,10 @@ fn chat_body(request: &RequestFields) -> Result<Vec<u8>, PromptError> {
     if request.chat_template_json().is_some() {
         return Err(Unroutable::RequestTemplate.into());
     }
+    // `/tokenize` gives one token for an item that the model gets many for.
+    if request.messages_json().is_some_and(crate::chat::has_media) {
+        return Err(Unroutable::Media.into());
+    }
     let raw = |json: &str| -> Result<Box<RawValue>, PromptError> {
         RawValue::from_string(json.to_owned()).map_err(|e| BadRequest::malformed(&e).into())
     };

@@ -48,6 +48,8 @@ pub struct RequestFields {
     pub session_id: Option<String>,
     /// The prompt is repeated in the answer.
     pub echo: bool,
+    /// The engine computes the whole prompt and reads nothing from its cache, because probabilities of the prompt's own tokens are asked for.
+    pub skips_cache: bool,
     pub(crate) truncate_prompt_tokens: Option<i64>,
     pub(crate) truncate_left: Option<bool>,
     pub(crate) add_special_tokens: Option<bool>,
@@ -110,6 +112,9 @@ impl RequestFields {
             }
             Endpoint::Other => {}
         }
+        let echo = boolean("echo", wire.echo)?.unwrap_or(false);
+        // vLLM takes the answer's setting for the prompt's when the prompt is echoed; a chat has one even if it does not say so.
+        let echoes_logprobs = echo && (endpoint == Endpoint::Chat || wire.logprobs.is_some());
         let max_tokens = match integer("max_completion_tokens", wire.max_completion_tokens)? {
             Some(n) => Some(n),
             None => integer("max_tokens", wire.max_tokens)?,
@@ -123,7 +128,8 @@ impl RequestFields {
             n: integer("n", wire.n)?.map_or(1, |n| u32::try_from(n.max(1)).unwrap_or(u32::MAX)),
             cache_salt: string("cache_salt", wire.cache_salt)?,
             session_id: string("session_id", wire.session_id)?,
-            echo: boolean("echo", wire.echo)?.unwrap_or(false),
+            echo,
+            skips_cache: wire.prompt_logprobs.is_some() || echoes_logprobs,
             truncate_prompt_tokens: integer("truncate_prompt_tokens", wire.truncate_prompt_tokens)?,
             truncate_left: match string("truncation_side", wire.truncation_side)?.as_deref() {
                 None => None,
@@ -161,6 +167,22 @@ impl RequestFields {
 
     pub(crate) fn prompt_json(&self) -> Option<&str> {
         self.raw(&self.spans.prompt)
+    }
+
+    /// The body once for each prompt of a batch, with that prompt alone; empty if the prompt is not a batch.
+    ///
+    /// Cost: a copy of the body's other fields for each.
+    pub fn prompt_bodies(&self) -> Result<Vec<Bytes>, BadRequest> {
+        let (Some(span), Some(json)) = (&self.spans.prompt, self.prompt_json()) else {
+            return Ok(Vec::new());
+        };
+        if !json.starts_with('[') || serde_json::from_str::<Vec<u32>>(json).is_ok() {
+            return Ok(Vec::new());
+        }
+        let items: Vec<&RawValue> =
+            serde_json::from_str(json).map_err(|_| BadRequest::field("prompt", Expected::Prompt))?;
+        let (before, after) = (&self.body[..span.start], &self.body[span.end..]);
+        Ok(items.into_iter().map(|item| [before, item.get().as_bytes(), after].concat().into()).collect())
     }
 
     pub(crate) fn messages_json(&self) -> Option<&str> {
@@ -353,6 +375,8 @@ wire! {
     cache_salt: CacheSalt,
     session_id: SessionId,
     echo: Echo,
+    logprobs: Logprobs,
+    prompt_logprobs: PromptLogprobs,
     truncate_prompt_tokens: TruncatePromptTokens,
     truncation_side: TruncationSide,
     add_special_tokens: AddSpecialTokens,

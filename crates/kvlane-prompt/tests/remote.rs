@@ -52,6 +52,13 @@ fn what_no_tokenizer_can_tell_is_not_asked() {
         cause(Endpoint::Chat, json!({"messages": [], "chat_template": "x"})),
         Unroutable::RequestTemplate
     );
+    for part in [
+        json!({"type": "image_url", "image_url": {"url": "x"}}),
+        json!({"type": "text", "text": "t", "uuid": "u"}),
+    ] {
+        let messages = json!([{"role": "user", "content": "x"}, {"role": "user", "content": ["x", part]}]);
+        assert_eq!(cause(Endpoint::Chat, json!({ "messages": messages })), Unroutable::Media);
+    }
 }
 
 #[test]

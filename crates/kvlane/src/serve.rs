@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Base URL of an engine, such as http://10.0.0.1:8000; repeat for each one. What the engine does not say of itself can follow:
-    /// URL,kv-events=tcp://HOST:PORT,replay=tcp://HOST:PORT,topic=TEXT,block-size=TOKENS,ranks=COUNT.
+    /// URL,kv-events=tcp://HOST:PORT,replay=tcp://HOST:PORT,topic=TEXT,block-size=TOKENS,ranks=COUNT,http=2.
     #[arg(long = "worker", value_name = "URL", required = true)]
     workers: Vec<WorkerSpec>,
 

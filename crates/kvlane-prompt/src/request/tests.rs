@@ -30,6 +30,27 @@ fn null_is_absence_and_the_last_of_a_repeated_field_counts() {
 }
 
 #[test]
+fn probabilities_of_the_prompt_keep_an_engine_from_its_cache() {
+    let skips = |endpoint, rest: &str| {
+        let body = format!(r#"{{"prompt":"p","messages":[]{rest}}}"#);
+        parse(endpoint, &body).unwrap().skips_cache
+    };
+    for (rest, chat, completions) in [
+        ("", false, false),
+        (r#","prompt_logprobs":0"#, true, true),
+        (r#","prompt_logprobs":null,"logprobs":1"#, false, false),
+        (r#","echo":true"#, true, false),
+        (r#","echo":true,"logprobs":1"#, true, true),
+    ] {
+        assert_eq!(
+            (skips(Endpoint::Chat, rest), skips(Endpoint::Completions, rest)),
+            (chat, completions),
+            "{rest}"
+        );
+    }
+}
+
+#[test]
 fn types_are_as_lenient_as_the_engines() {
     let r =
         parse(Endpoint::Completions, r#"{"prompt":"p","max_tokens":"16","n":2.0,"stream":"yes"}"#).unwrap();
@@ -71,5 +92,20 @@ fn prompts_of_all_four_forms() {
     );
     for wrong in ["{}", "[-1]", "[1.5]", "3", "[[\"a\"]]", "true"] {
         assert!(prompt_inputs(wrong).is_err(), "{wrong}");
+    }
+}
+
+#[test]
+fn a_batch_comes_apart_into_its_prompts() {
+    let bodies = |body: &str| -> Vec<String> {
+        let bodies = parse(Endpoint::Completions, body).unwrap().prompt_bodies().unwrap();
+        bodies.iter().map(|body| String::from_utf8(body.to_vec()).unwrap()).collect()
+    };
+    assert_eq!(
+        bodies(r#"{"model":"m","prompt": ["a\n", [1,2]] ,"n":2}"#),
+        [r#"{"model":"m","prompt": "a\n" ,"n":2}"#, r#"{"model":"m","prompt": [1,2] ,"n":2}"#]
+    );
+    for whole in [r#"{"prompt":"a"}"#, r#"{"prompt":[1,2]}"#, r#"{"prompt":[]}"#] {
+        assert!(bodies(whole).is_empty(), "{whole}");
     }
 }

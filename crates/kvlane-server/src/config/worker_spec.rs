@@ -1,6 +1,6 @@
 //! One `--worker` argument: a base URL, and what probing could not learn by itself.
 //!
-//! `URL[,kv-events=tcp://HOST:PORT|none][,replay=tcp://HOST:PORT|none][,topic=TEXT][,block-size=N][,ranks=N]`
+//! `URL[,kv-events=tcp://HOST:PORT|none][,replay=tcp://HOST:PORT|none][,topic=TEXT][,block-size=N][,ranks=N][,http=1|2]`
 //!
 //! A URL alone is the normal case. Every other part overrides what the engine says about itself, and the message
 //! of a failed probe names the part that would help.
@@ -37,6 +37,19 @@ pub struct WorkerSpec {
     pub block_size: Option<BlockSize>,
     /// Count of data-parallel ranks, where the engine does not say.
     pub ranks: Option<u32>,
+    /// How requests are sent.
+    pub http: HttpVersion,
+}
+
+/// How requests are sent to an engine. Nothing but the operator says so: an engine's usual server (uvicorn) takes the first bytes of HTTP/2 for an
+/// error, so it is not tried out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum HttpVersion {
+    /// HTTP/1.1: a connection for each running request, kept for the next one.
+    #[default]
+    Http1,
+    /// HTTP/2 without TLS, from the first byte on (h2c with prior knowledge): requests share connections.
+    Http2,
 }
 
 /// The most data-parallel ranks that one instance may have.
@@ -57,6 +70,8 @@ pub enum WorkerSpecError {
     Endpoint(&'static str, EndpointError),
     /// `block-size=` or `ranks=` is not a number in range.
     Number(&'static str, String),
+    /// `http=` is neither 1 nor 2.
+    Http(String),
 }
 
 impl fmt::Display for WorkerSpecError {
@@ -67,10 +82,16 @@ impl fmt::Display for WorkerSpecError {
             Self::Part(s) => write!(
                 f,
                 "`{s}` is not understood: after the URL come kv-events=tcp://HOST:PORT, replay=tcp://HOST:PORT, \
-                 topic=TEXT, block-size=TOKENS, ranks=COUNT"
+                 topic=TEXT, block-size=TOKENS, ranks=COUNT, http=1|2"
             ),
             Self::Repeated(s) => write!(f, "`{s}` is given twice"),
             Self::Endpoint(name, error) => write!(f, "{name}: {error} (or {name}=none)"),
+            Self::Http(s) => {
+                write!(
+                    f,
+                    "http: `{s}` is not understood: write http=1, or http=2 where the engine speaks HTTP/2 without TLS"
+                )
+            }
             Self::Number(name, s) => {
                 let max = if *name == "ranks" { RANKS_MAX } else { u32::MAX };
                 write!(f, "{name}: `{s}` is not a number from 1 to {max}")
@@ -91,6 +112,7 @@ impl WorkerSpec {
             topic: None,
             block_size: None,
             ranks: None,
+            http: HttpVersion::default(),
         })
     }
 
@@ -149,6 +171,13 @@ impl FromStr for WorkerSpec {
                     spec.ranks =
                         Some(ranks.ok_or_else(|| WorkerSpecError::Number("ranks", value.to_owned()))?);
                 }
+                "http" => {
+                    spec.http = match value {
+                        "1" => HttpVersion::Http1,
+                        "2" => HttpVersion::Http2,
+                        _ => return Err(WorkerSpecError::Http(value.to_owned())),
+                    };
+                }
                 _ => return Err(WorkerSpecError::Part(part.to_owned())),
             }
         }
@@ -187,12 +216,14 @@ mod tests {
     #[test]
     fn every_part_can_be_given() {
         let spec =
-            parse("http://h:1,kv-events=tcp://*:5557,replay=none,topic=kv@x,block-size=32,ranks=2").unwrap();
+            parse("http://h:1,kv-events=tcp://*:5557,replay=none,topic=kv@x,block-size=32,ranks=2,http=2")
+                .unwrap();
         assert_eq!(spec.kv_events, EventsSetting::At(Endpoint::new("*", 5557)));
         assert_eq!(spec.replay, EventsSetting::Off);
         assert_eq!(spec.topic.as_deref(), Some("kv@x"));
         assert_eq!(spec.block_size, BlockSize::new(32));
         assert_eq!(spec.ranks, Some(2));
+        assert_eq!(spec.http, HttpVersion::Http2);
     }
 
     #[test]
@@ -210,6 +241,7 @@ mod tests {
             ("http://h:1,block-size=0", "from 1"),
             ("http://h:1,ranks=5000", "1024"),
             ("http://h:1,ranks=1,ranks=1", "twice"),
+            ("http://h:1,http=3", "http=2"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.contains(hint), "{text}: {error}");

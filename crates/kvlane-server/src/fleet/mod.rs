@@ -178,6 +178,7 @@ pub fn start(config: &FleetConfig, stop: &CancellationToken) -> Fleet {
             Arc::new(Instance {
                 id: InstanceId(id),
                 base: spec.base.clone(),
+                http: spec.http,
                 health: Health::Probing(None),
                 since: now,
                 facts: None,

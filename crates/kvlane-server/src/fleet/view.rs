@@ -4,7 +4,7 @@
 //! state or an events state changes. Figures that move all the time (counters, lag) are not in it; see
 //! [`crate::fleet::Fleet::stats`].
 
-use crate::config::Endpoint;
+use crate::config::{Endpoint, HttpVersion};
 use crate::ingest::Lane;
 use kvlane_index::{BlockSize, Index, InstanceId, Worker};
 use std::collections::HashMap;
@@ -67,6 +67,8 @@ pub struct Instance {
     pub id: InstanceId,
     /// Base URL without a trailing slash; requests go to `base` + `/v1/…`.
     pub base: http::Uri,
+    /// How requests are sent there.
+    pub http: HttpVersion,
     /// Whether requests may go there.
     pub health: Health,
     /// Since when it is in this health state.

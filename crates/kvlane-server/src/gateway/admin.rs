@@ -7,7 +7,7 @@
 use super::body;
 use super::error::ClientError;
 use super::forward::X_WORKER;
-use super::headers::strip_hop_by_hop;
+use super::headers::{end_to_end, strip_hop_by_hop};
 use super::upstream::Exchange;
 use super::{Gateway, Response, Upstream, own, status};
 use bytes::Bytes;
@@ -15,7 +15,7 @@ use http_body::Body;
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::http::request::Parts;
-use hyper::{Request, StatusCode};
+use hyper::{Request, StatusCode, Uri};
 use serde_json::{Value, json};
 use std::pin::pin;
 use std::sync::Arc;
@@ -86,13 +86,17 @@ async fn tell(
     head: &Parts,
     body: &Bytes,
 ) -> Result<(hyper::http::response::Parts, Bytes), String> {
-    let mut request = Request::new(Full::new(body.clone()));
-    *request.method_mut() = head.method.clone();
     let path = head.uri.path_and_query().map_or("/", |p| p.as_str());
-    *request.uri_mut() = format!("{}{path}", upstream.prefix).parse().map_err(|_| "the path is not valid")?;
-    *request.headers_mut() = head.headers.clone();
-    request.headers_mut().remove(&X_WORKER);
-    strip_hop_by_hop(request.headers_mut());
+    let uri: Uri = format!("{}{path}", upstream.prefix).parse().map_err(|_| "the path is not valid")?;
+    let mut headers = end_to_end(&head.headers);
+    headers.remove(&X_WORKER);
+    let request = || {
+        let mut request = Request::new(Full::new(body.clone()));
+        *request.method_mut() = head.method.clone();
+        *request.uri_mut() = uri.clone();
+        *request.headers_mut() = headers.clone();
+        request
+    };
     let work = async {
         let Exchange { head, body } = upstream.pool.send(request).await.map_err(|e| e.to_string())?;
         let mut answer = Vec::new();

@@ -88,7 +88,7 @@ impl Gateway {
                 let worker = table.worker_name(rank.worker);
                 let of = |kind| Kind { worker: worker.clone(), kind };
                 trust.get_or_create_owned(&of(rank.trust.name())).set(1);
-                let load = self.desk(|desk, _| desk.scheduler.ledger().load(rank.worker));
+                let load = self.desk.with(|books, _| books.scheduler.ledger().load(rank.worker));
                 ledger.get_or_create_owned(&of("prefill")).set(load.prefill_requests.into());
                 ledger.get_or_create_owned(&of("decode")).set(load.decode_requests.into());
                 let gauge = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);

@@ -7,7 +7,7 @@
 
 use super::body::ResponseBody;
 use super::error::ClientError;
-use super::headers::strip_hop_by_hop;
+use super::headers::{end_to_end, strip_hop_by_hop};
 use super::inflight::InFlight;
 use super::plan::Plan;
 use super::upstream::{EngineBody, Exchange};
@@ -59,8 +59,7 @@ impl Gateway {
         body: &Bytes,
     ) -> Response {
         let order: Vec<Worker> = inflight.record.decision.order.iter().copied().take(ATTEMPTS_MAX).collect();
-        let mut headers = head.headers.clone();
-        strip_hop_by_hop(&mut headers);
+        let mut headers = end_to_end(&head.headers);
         for (tried, worker) in order.iter().enumerate() {
             if tried > 0 {
                 self.rebook(plan, &mut inflight, *worker);
@@ -70,7 +69,7 @@ impl Gateway {
             if let Some(rank) = rank {
                 headers.insert(X_RANK, rank);
             }
-            let request = outgoing(head, &headers, &inflight.upstream().prefix, body);
+            let request = || outgoing(head, &headers, &inflight.upstream().prefix, body);
             match attempt(&inflight, request).await {
                 Ok((exchange, first)) => {
                     if exchange.head.status.is_server_error() && !last {
@@ -118,7 +117,7 @@ fn outgoing(head: &Parts, headers: &HeaderMap, prefix: &str, body: &Bytes) -> Re
 /// The head of an engine's answer and the first piece of its body.
 async fn attempt(
     inflight: &InFlight,
-    request: Request<Full<Bytes>>,
+    request: impl Fn() -> Request<Full<Bytes>>,
 ) -> Result<(Exchange, Option<Frame<Bytes>>), Failed> {
     let began = Instant::now();
     let pool = &inflight.upstream().pool;

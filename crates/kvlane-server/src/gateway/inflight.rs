@@ -4,6 +4,7 @@
 //! record's end, the log line, the audit. Its `Drop` is the only place that ends a request, so an answer, an error, a client that
 //! leaves, a drain and a panic all take the same way.
 
+use super::desk::Report;
 use super::usage::Usage;
 use super::{Gateway, PromptBlocks, Upstream};
 use crate::audit::{self, Audit, Case, Evidence, Prediction, Verdict};
@@ -14,7 +15,7 @@ use kvlane_sched::RequestId;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Output is reported to the ledger once per so many pieces of a stream: the lock is shared by all requests.
+/// Output is reported to the ledger once per so many pieces of a stream.
 const OUTPUT_BATCH: u32 = 64;
 
 /// Blocks that an engine said it held, though no event of this life did, are predicted for this long: no event will tell when they go.
@@ -128,7 +129,7 @@ impl InFlight {
         // An answer that comes whole says nothing of when its first token was there.
         if self.record.stream {
             let id = self.request_id();
-            self.gateway.desk(|desk, now_ms| desk.scheduler.first_token(id, now_ms));
+            self.gateway.desk.tell(id, Report::FirstToken);
         }
     }
 
@@ -138,7 +139,7 @@ impl InFlight {
         if self.pieces == OUTPUT_BATCH {
             let id = self.request_id();
             let tokens = std::mem::take(&mut self.pieces);
-            self.gateway.desk(|desk, now_ms| desk.scheduler.output(id, tokens, now_ms));
+            self.gateway.desk.tell(id, Report::Output(tokens));
         }
     }
 
@@ -239,13 +240,9 @@ impl InFlight {
 impl Drop for InFlight {
     fn drop(&mut self) {
         let (id, pieces) = (self.request_id(), self.pieces);
-        let generated = self.usage.completion_tokens.and_then(|n| u32::try_from(n).ok());
-        self.gateway.desk(|desk, now_ms| {
-            if pieces > 0 && generated.is_none() {
-                desk.scheduler.output(id, pieces, now_ms);
-            }
-            desk.scheduler.end(id, now_ms);
-        });
+        // An engine that counts what it generated has told more than pieces can.
+        let untold = if self.usage.completion_tokens.is_some() { 0 } else { pieces };
+        self.gateway.desk.tell(id, Report::End(untold));
         self.gateway.metrics.in_flight.dec();
         let whole = self.arrived.elapsed();
         self.upstream.metrics.outcome(self.outcome);

@@ -7,15 +7,18 @@
 mod admin;
 mod body;
 mod collect;
+mod desk;
 mod error;
 mod forward;
 mod headers;
 mod inflight;
+mod known_blocks;
 mod parity;
 mod plan;
 mod prompts;
 mod routes;
 mod snapshot;
+mod split;
 mod status;
 mod table;
 mod upstream;
@@ -26,8 +29,10 @@ pub use prompts::TokenizerSetting;
 pub(crate) use table::{Table, Upstream, believed};
 
 use self::body::ResponseBody;
+use self::desk::Desk;
 use self::error::ClientError;
 use self::forward::Forwarded;
+use self::known_blocks::KnownBlocks;
 use self::plan::Ask;
 use self::prompts::Prompts;
 use self::routes::{Route, route};
@@ -44,8 +49,8 @@ use kvlane_index::{BlockHash, Index, Overlaps, Worker};
 use kvlane_prompt::{Endpoint, RequestFields};
 use kvlane_sched::{Policy, Rng, Scheduler};
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -68,15 +73,6 @@ pub(crate) struct PromptBlocks {
     pub block_size: u32,
     /// Takes note of what requests and answers say about ranks that are being learnt.
     pub learner: Learner,
-}
-
-/// What the scheduler's one lock guards.
-#[derive(Debug)]
-pub(crate) struct Desk {
-    /// Chooses and keeps account.
-    pub scheduler: Scheduler,
-    /// Draws among equals.
-    pub rng: Rng,
 }
 
 /// How the gateway was told to behave.
@@ -102,8 +98,9 @@ pub(crate) struct Gateway {
     pub(crate) fleet: Fleet,
     /// Shared with the audit.
     table: Arc<ArcSwap<Table>>,
-    desk: Mutex<Desk>,
+    desk: Desk,
     prompts: Arc<Prompts>,
+    known_blocks: KnownBlocks,
     explanations: Ring,
     auditor: Auditor,
     pub(crate) metrics: Arc<Metrics>,
@@ -135,8 +132,9 @@ impl Gateway {
             fleet,
             table,
             cache_aware: policy.needs_cache_knowledge(),
-            desk: Mutex::new(Desk { scheduler: Scheduler::new(policy), rng: Rng::new(seed) }),
+            desk: Desk::new(Scheduler::new(policy), Rng::new(seed)),
             prompts,
+            known_blocks: KnownBlocks::new(),
             explanations: Ring::new((seed >> 32) as u32 ^ seed as u32),
             auditor,
             metrics,
@@ -187,13 +185,6 @@ impl Gateway {
         }
     }
 
-    /// Runs `work` under the scheduler's lock, with the time on its clock.
-    fn desk<R>(&self, work: impl FnOnce(&mut Desk, f64) -> R) -> R {
-        let now_ms = self.began.elapsed().as_secs_f64() * 1e3;
-        // A panic inside leaves the account of one request open, which is better than to refuse all others.
-        work(&mut self.desk.lock().unwrap_or_else(PoisonError::into_inner), now_ms)
-    }
-
     /// Answers one request. Never fails: errors are responses.
     pub(crate) async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response {
         let arrived = Instant::now();
@@ -242,16 +233,28 @@ impl Gateway {
             // Whatever it is, it is the engine's business; only a model's name helps to find the right one.
             None => RequestFields::parse(Endpoint::Other, body.clone()).ok().map(Arc::new),
         };
-        let ask = Ask {
-            arrived,
-            path: head.uri.path(),
-            headers: &head.headers,
-            fields: fields.as_ref(),
-            body_bytes: body.len(),
-        };
+        if let Some(fields) = fields.as_ref().filter(|fields| fields.endpoint() == Endpoint::Completions)
+            && split::wanted(&head.headers)
+            && let Some(answered) = self.split(arrived, head, fields).await?
+        {
+            return Ok(answered);
+        }
+        self.route(arrived, head, fields.as_ref(), &body).await
+    }
+
+    /// Finds a worker for a request and passes it on.
+    async fn route(
+        self: &Arc<Self>,
+        arrived: Instant,
+        head: &hyper::http::request::Parts,
+        fields: Option<&Arc<RequestFields>>,
+        body: &Bytes,
+    ) -> Result<Response, ClientError> {
+        let path = head.uri.path();
+        let ask = Ask { arrived, path, headers: &head.headers, fields, body_bytes: body.len() };
         let plan = self.plan(&ask).await?;
         let inflight = self.book(&plan, &ask)?;
-        Ok(self.forward(&plan, inflight, head, &body).await)
+        Ok(self.forward(&plan, inflight, head, body).await)
     }
 }
 

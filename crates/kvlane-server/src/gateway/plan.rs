@@ -2,13 +2,14 @@
 
 use super::error::ClientError;
 use super::inflight::{Expected, InFlight};
-use super::prompts::{Refused, Tokenized};
+use super::known_blocks::KnownBlocks;
+use super::prompts::{Known, Refused, Tokenized};
 use super::{Gateway, PromptBlocks, Table, Upstream};
 use crate::audit::{Evidence, Prediction};
 use crate::explain::{Course, Record, Tokens};
 use crate::fleet::{Facts, Instance, Partition, Trust};
 use hyper::header::HeaderMap;
-use kvlane_index::hash::{Namespace, prompt_hashes};
+use kvlane_index::hash::Namespace;
 use kvlane_index::{BlockHash, Overlap, Overlaps, Worker};
 use kvlane_prompt::{Endpoint, RequestFields};
 use kvlane_sched::{Candidate, Decision, OverlapTokens, Pin, Reject, Request, RequestId, Wishes};
@@ -121,14 +122,12 @@ impl Gateway {
             ledger_id_tokens: 0,
             unaudited: match ask.fields {
                 Some(fields) if fields.n > 1 => Some("several-answers"),
-                // With it some engines do not read their cache.
-                Some(fields) if fields.echo => Some("echo"),
                 _ if tokenized.prompts.len() > 1 => Some("batch"),
                 _ => None,
             },
             table: Arc::clone(&table),
         };
-        plan.offer(&serving, ask.fields, &common_prefix(&tokenized.prompts));
+        plan.offer(&serving, ask.fields, &common_prefix(&tokenized.prompts), &self.known_blocks);
         Ok(plan)
     }
 
@@ -184,7 +183,7 @@ impl Gateway {
         fields: Option<&Arc<RequestFields>>,
         tokenized: &Tokenized,
     ) -> Result<Cow<'t, [Arc<Instance>]>, ClientError> {
-        let longest_prompt = tokenized.prompts.iter().map(|p| p.len() as u64).max().unwrap_or(0);
+        let longest_prompt = tokenized.prompts.iter().map(|p| p.tokens.len() as u64).max().unwrap_or(0);
         let room = |instance: &Instance| {
             context(instance, fields).is_none_or(|len| {
                 // Scoring a prompt (`max_tokens: 0`) needs no room for an answer.
@@ -208,8 +207,9 @@ impl Gateway {
     pub(super) fn decide(&self, plan: &Plan, id: RequestId) -> (Decision, Result<(), Reject>) {
         let mut decision = Decision::default();
         let request = plan.request(id);
-        let result = self.desk(|desk, now_ms| {
-            desk.scheduler.decide(&request, &plan.candidates(), now_ms, &mut desk.rng, &mut decision)
+        let candidates = plan.candidates();
+        let result = self.desk.with(|books, now_ms| {
+            books.scheduler.decide(&request, &candidates, now_ms, &mut books.rng, &mut decision)
         });
         (decision, result)
     }
@@ -221,10 +221,11 @@ impl Gateway {
         let request = plan.request(request_id);
         let candidates = plan.candidates();
         let mut decision = Decision::default();
-        let decided = self.desk(|desk, now_ms| {
-            desk.scheduler.decide(&request, &candidates, now_ms, &mut desk.rng, &mut decision)?;
+        let decided = self.desk.with(|books, now_ms| {
+            books.scheduler.decide(&request, &candidates, now_ms, &mut books.rng, &mut decision)?;
             let worker = decision.worker().expect("a decision without an error names a worker");
-            desk.scheduler
+            books
+                .scheduler
                 .book(&request, &decision, worker, now_ms)
                 .expect("ids count up and are never in flight twice");
             Ok(worker)
@@ -264,9 +265,10 @@ impl Gateway {
     pub(super) fn rebook(&self, plan: &Plan, inflight: &mut InFlight, worker: Worker) {
         let id = RequestId(inflight.record.id.sequence);
         let Some(offer) = plan.get(worker) else { return };
-        self.desk(|desk, now_ms| {
-            desk.scheduler.end(id, now_ms);
-            desk.scheduler
+        self.desk.with(|books, now_ms| {
+            books.scheduler.end(id, now_ms);
+            books
+                .scheduler
                 .book(&plan.request(id), &inflight.record.decision, worker, now_ms)
                 .expect("it was just ended, and ids are never in flight twice");
         });
@@ -286,16 +288,23 @@ fn predict(plan: &Plan, offer: &Offer) {
 
 impl Plan {
     /// Offers every rank of `serving`, with what it holds of `tokens`.
-    fn offer(&mut self, serving: &[Arc<Instance>], fields: Option<&Arc<RequestFields>>, tokens: &[u32]) {
+    fn offer(
+        &mut self,
+        serving: &[Arc<Instance>],
+        fields: Option<&Arc<RequestFields>>,
+        prompt: &Known,
+        known_blocks: &KnownBlocks,
+    ) {
         let table = Arc::clone(&self.table);
+        let skips_cache = fields.is_some_and(|f| f.skips_cache);
         let mut looked_up: Vec<(&Arc<Partition>, Overlaps)> = Vec::new();
         for instance in serving {
             let Some(upstream) = table.position(instance.id) else { continue };
-            let partition = instance.partition.as_ref().filter(|_| !tokens.is_empty());
+            let partition = instance.partition.as_ref().filter(|_| !prompt.tokens.is_empty());
             let found = partition.and_then(|partition| {
                 let known = looked_up.iter().position(|(p, _)| Arc::ptr_eq(p, partition));
                 known.or_else(|| {
-                    let blocks = prompt_blocks(partition, instance, fields, tokens)?;
+                    let blocks = prompt_blocks(partition, instance, fields, prompt, known_blocks)?;
                     let mut overlaps = Overlaps::default();
                     blocks.index.overlap(&blocks.hashes, &mut overlaps);
                     if self.ledger_ids.is_empty() {
@@ -312,7 +321,9 @@ impl Plan {
                     upstream,
                     worker: rank.worker,
                     trust: facts.trust,
-                    overlap: found.and_then(|at| looked_up[at].1.get(rank.worker).copied()),
+                    overlap: found
+                        .filter(|_| !skips_cache)
+                        .and_then(|at| looked_up[at].1.get(rank.worker).copied()),
                     found,
                     events: !matches!(rank.trust, Trust::Blind(_)),
                 });
@@ -410,17 +421,17 @@ fn total(tokenized: &Tokenized) -> Option<u32> {
     if tokenized.prompts.is_empty() {
         return None;
     }
-    let sum: u64 = tokenized.prompts.iter().map(|p| p.len() as u64).sum();
+    let sum: u64 = tokenized.prompts.iter().map(|p| p.tokens.len() as u64).sum();
     Some(u32::try_from(sum).unwrap_or(u32::MAX))
 }
 
 /// A batch is routed as one, by what its prompts have in common.
-fn common_prefix(prompts: &[Arc<[u32]>]) -> Arc<[u32]> {
-    let Some((first, rest)) = prompts.split_first() else { return Arc::default() };
-    let common = rest.iter().fold(first.len(), |common, prompt| {
-        first.iter().zip(prompt.iter()).take(common).take_while(|(a, b)| a == b).count()
+fn common_prefix(prompts: &[Known]) -> Known {
+    let Some((first, rest)) = prompts.split_first() else { return Known::default() };
+    let common = rest.iter().fold(first.tokens.len(), |common, prompt| {
+        first.tokens.iter().zip(prompt.tokens.iter()).take(common).take_while(|(a, b)| a == b).count()
     });
-    if common == first.len() { Arc::clone(first) } else { first[..common].into() }
+    if common == first.tokens.len() { first.clone() } else { first.tokens[..common].to_vec().into() }
 }
 
 /// The context length of the model asked for; `None` = not known.
@@ -461,17 +472,18 @@ fn prompt_blocks(
     partition: &Partition,
     instance: &Instance,
     fields: Option<&Arc<RequestFields>>,
-    tokens: &[u32],
+    prompt: &Known,
+    known_blocks: &KnownBlocks,
 ) -> Option<PromptBlocks> {
     let fields = fields?;
     let adapter =
         fields.model.as_deref().filter(|name| instance.model(name).is_some_and(|m| m.parent.is_some()));
     let namespace = Namespace { adapter, salt: fields.cache_salt.as_deref(), ..Namespace::default() };
-    let mut hashes = Vec::with_capacity(tokens.len() / partition.block_size.tokens() as usize);
-    prompt_hashes(tokens, partition.block_size, &namespace, &mut hashes);
+    let Known { tokens, prefixes, known_tokens } = prompt;
+    let hashes = known_blocks.hashes(tokens, prefixes, *known_tokens, partition.block_size, &namespace);
     Some(PromptBlocks {
         index: partition.index.clone(),
-        hashes: hashes.into(),
+        hashes,
         block_size: partition.block_size.tokens(),
         learner: partition.lane.learner.clone(),
     })

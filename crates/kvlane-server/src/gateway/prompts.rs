@@ -14,10 +14,10 @@ use bytes::Bytes;
 use http_body::Body;
 use http_body_util::Full;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
-use hyper::{Method, Request, StatusCode};
+use hyper::{Method, Request, StatusCode, Uri};
 use kvlane_prompt::remote::{RemotePrompt, parse_tokenize_response, tokenize_bodies};
 use kvlane_prompt::{
-    BadRequest, Endpoint, ModelPrompt, PromptConfig, PromptError, RequestFields, Unroutable,
+    BadRequest, Endpoint, ModelPrompt, Prefix, Prompt, PromptConfig, PromptError, RequestFields, Unroutable,
 };
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
@@ -64,11 +64,34 @@ pub enum TokenizerSetting {
     Engine,
 }
 
+/// One prompt's tokens. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Known {
+    /// As the engine will see them.
+    pub tokens: Arc<Vec<u32>>,
+    /// Names of some of its beginnings; only a tokenizer of our own gives them.
+    pub prefixes: Arc<Vec<Prefix>>,
+    /// How many of the leading tokens were seen before.
+    pub known_tokens: usize,
+}
+
+impl From<Vec<u32>> for Known {
+    fn from(tokens: Vec<u32>) -> Self {
+        Self { tokens: Arc::new(tokens), ..Self::default() }
+    }
+}
+
+impl From<Prompt> for Known {
+    fn from(Prompt { tokens, known_tokens, prefixes }: Prompt) -> Self {
+        Self { tokens: Arc::new(tokens), prefixes: Arc::new(prefixes), known_tokens }
+    }
+}
+
 /// The tokens of a request.
 #[derive(Debug)]
 pub(crate) struct Tokenized {
     /// One for each prompt of a batch; empty where they are not known.
-    pub prompts: Vec<Arc<[u32]>>,
+    pub prompts: Vec<Known>,
     /// Where they came from.
     pub from: Tokens,
 }
@@ -132,16 +155,16 @@ pub(crate) struct Prompts {
     asking: Semaphore,
     /// Comparisons that run now.
     comparing: Arc<Semaphore>,
-    answers: Cache<u128, Arc<[u32]>, ByBytes>,
+    answers: Cache<u128, Arc<Vec<u32>>, ByBytes>,
     turn: AtomicUsize,
 }
 
 #[derive(Clone, Debug)]
 struct ByBytes;
 
-impl Weighter<u128, Arc<[u32]>> for ByBytes {
-    fn weight(&self, _key: &u128, tokens: &Arc<[u32]>) -> u64 {
-        64 + size_of_val::<[u32]>(tokens) as u64
+impl Weighter<u128, Arc<Vec<u32>>> for ByBytes {
+    fn weight(&self, _key: &u128, tokens: &Arc<Vec<u32>>) -> u64 {
+        64 + (tokens.capacity() * size_of::<u32>()) as u64
     }
 }
 
@@ -282,7 +305,7 @@ impl Prompts {
         if let (true, Some(Ok(Tokenized { prompts, .. }))) = (due, &here)
             && let [prompt] = prompts.as_slice()
         {
-            self.compare_aside(&local, request, prompt, serving, table, headers);
+            self.compare_aside(&local, request, &prompt.tokens, serving, table, headers);
         }
         match here {
             Some(here) if up => here,
@@ -303,7 +326,7 @@ impl Prompts {
         };
         match found {
             Ok(prompts) => {
-                let prompts = prompts.into_iter().map(|p| p.tokens.into()).collect();
+                let prompts = prompts.into_iter().map(Known::from).collect();
                 Ok(Tokenized { prompts, from: Tokens::Local })
             }
             Err(error) => refused(error),
@@ -315,7 +338,7 @@ impl Prompts {
         &self,
         local: &Arc<Local>,
         request: &Arc<RequestFields>,
-        here: &Arc<[u32]>,
+        here: &Arc<Vec<u32>>,
         serving: &[Arc<Instance>],
         table: &Table,
         headers: &HeaderMap,
@@ -358,7 +381,7 @@ impl Prompts {
                 RemotePrompt::Ask(body) => {
                     from = Tokens::Engine;
                     match self.ask_one(body, serving, table, headers).await {
-                        Ok(tokens) => prompts.push(tokens),
+                        Ok(tokens) => prompts.push(Known { tokens, ..Known::default() }),
                         Err(why) => return Ok(Tokenized::unknown(why)),
                     }
                 }
@@ -373,14 +396,14 @@ impl Prompts {
         serving: &[Arc<Instance>],
         table: &Table,
         headers: &HeaderMap,
-    ) -> Result<Arc<[u32]>, &'static str> {
+    ) -> Result<Arc<Vec<u32>>, &'static str> {
         let key = xxh3_128(&body);
         if let Some(tokens) = self.answers.get(&key) {
             return Ok(tokens);
         }
         let Ok(_question) = self.asking.try_acquire() else { return Err("tokenize-busy") };
         let upstream = self.next(serving, table).ok_or("no-worker")?;
-        let tokens: Arc<[u32]> = question(body, &upstream, headers.get(AUTHORIZATION)).await?.into();
+        let tokens = Arc::new(question(body, &upstream, headers.get(AUTHORIZATION)).await?);
         self.answers.insert(key, Arc::clone(&tokens));
         Ok(tokens)
     }
@@ -480,13 +503,18 @@ async fn ask_engine(
     upstream: &Upstream,
     key: Option<&HeaderValue>,
 ) -> Result<Vec<u32>, &'static str> {
-    let mut request = Request::new(Full::new(Bytes::from(body)));
-    *request.method_mut() = Method::POST;
-    *request.uri_mut() = format!("{}/tokenize", upstream.prefix).parse().map_err(|_| "tokenize-failed")?;
-    request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    if let Some(key) = key {
-        request.headers_mut().insert(AUTHORIZATION, key.clone());
-    }
+    let uri: Uri = format!("{}/tokenize", upstream.prefix).parse().map_err(|_| "tokenize-failed")?;
+    let body = Bytes::from(body);
+    let request = || {
+        let mut request = Request::new(Full::new(body.clone()));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = uri.clone();
+        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if let Some(key) = key {
+            request.headers_mut().insert(AUTHORIZATION, key.clone());
+        }
+        request
+    };
     let exchange = upstream.pool.send(request).await.map_err(|error| match error {
         SendError::Connect(_) | SendError::ConnectTimeout => "tokenize-unreachable",
         SendError::NoResponse(_) => "tokenize-failed",

@@ -158,7 +158,7 @@ impl Gateway {
                 workers.push(row);
             }
             for rank in &instance.ranks {
-                let load = self.desk(|desk, _| desk.scheduler.ledger().load(rank.worker));
+                let load = self.desk.with(|books, _| books.scheduler.ledger().load(rank.worker));
                 let mut row = common.clone();
                 row["worker"] = json!(table.worker_name(rank.worker));
                 row["rank"] = json!(rank.worker.rank);

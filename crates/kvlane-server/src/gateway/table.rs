@@ -71,7 +71,10 @@ impl Table {
                 let kept = before.upstream(instance.id).map(|u| (Arc::clone(&u.pool), u.metrics.clone()));
                 let (pool, counters) = match kept {
                     Some(kept) => kept,
-                    None => (Pool::new(instance.base.authority()?), metrics.worker(instance.name())),
+                    None => (
+                        Pool::new(instance.base.authority()?, instance.http),
+                        metrics.worker(instance.name()),
+                    ),
                 };
                 Some(Arc::new(Upstream::new(instance, pool, counters, fleet)))
             })

@@ -7,18 +7,24 @@
 //! that the client is gone; and a connection that the engine closed while idle is noticed when it is taken out.
 //!
 //! Engines close idle connections after 5 s (uvicorn's default), so the pool keeps them for less.
+//!
+//! To an engine that speaks HTTP/2 ([`HttpVersion::Http2`]) requests share a few connections, each driven by a task of its own because no single
+//! request can; a request that is dropped resets its stream, which tells the engine the same as a closed connection.
 
+use crate::config::HttpVersion;
 use bytes::Bytes;
 use http_body::{Body, Frame};
 use http_body_util::Full;
 use hyper::body::Incoming;
-use hyper::client::conn::http1;
-use hyper::header::HeaderValue;
-use hyper::{Request, Response};
-use hyper_util::rt::TokioIo;
+use hyper::client::conn::{http1, http2};
+use hyper::header::{HOST, HeaderValue};
+use hyper::http::uri::{PathAndQuery, Scheme};
+use hyper::{Request, Response, Uri};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -36,6 +42,15 @@ const KEEPALIVE_TIME: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 /// Longest response head: headers of engines are short.
 const RESPONSE_HEAD_BYTES_MAX: usize = 64 * 1024;
+
+/// Requests that share one HTTP/2 connection before another is opened; servers allow about a hundred.
+const STREAMS_MAX: usize = 64;
+/// HTTP/2 connections to one engine; beyond, requests crowd on them.
+const SHARED_CONNECTIONS_MAX: usize = 64;
+/// What an engine may send ahead on one HTTP/2 stream: the bound on what a slow client leaves lying here.
+const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
+/// The same on one HTTP/2 connection.
+const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
 
 /// Why an engine gave no response. No byte of one was read in any case, so another engine may be asked.
 #[derive(Debug, thiserror::Error)]
@@ -57,8 +72,29 @@ pub(crate) struct Pool {
     host: String,
     port: u16,
     host_header: HeaderValue,
+    authority: hyper::http::uri::Authority,
+    http: HttpVersion,
     /// Last in, first out: the warmest is used, the oldest age out. Held for a push or pop only.
     idle: Mutex<Vec<Idle>>,
+    /// HTTP/2 connections.
+    shared: Mutex<Vec<Shared>>,
+}
+
+/// An HTTP/2 connection.
+#[derive(Clone, Debug)]
+struct Shared {
+    sender: http2::SendRequest<Full<Bytes>>,
+    streams: Arc<AtomicUsize>,
+}
+
+/// A request's place on a shared connection.
+#[derive(Debug)]
+struct Place(Arc<AtomicUsize>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug)]
@@ -85,33 +121,44 @@ pub(crate) struct Exchange {
 
 impl Pool {
     /// Connections to `authority` (`host:port`, port 80 if unsaid). Opens none.
-    pub(crate) fn new(authority: &hyper::http::uri::Authority) -> Arc<Self> {
+    pub(crate) fn new(authority: &hyper::http::uri::Authority, http: HttpVersion) -> Arc<Self> {
         let host = authority.host();
         Arc::new(Self {
             host: host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host).to_owned(),
             port: authority.port_u16().unwrap_or(80),
             host_header: HeaderValue::from_str(authority.as_str())
                 .expect("an authority has no bytes that a header may not have"),
-            idle: Mutex::new(Vec::new()),
+            authority: authority.clone(),
+            http,
+            idle: Mutex::default(),
+            shared: Mutex::default(),
         })
     }
 
-    /// Sends `request` (whose URI has only path and query) and waits for the head of the response.
+    /// Sends what `request` makes (with a URI of path and query alone, and without `host`) and waits for the head of the response.
     ///
     /// A kept connection that ends before the first byte of a response is replaced by a fresh one, once: engines
     /// close idle connections at any moment.
-    pub(crate) async fn send(self: &Arc<Self>, request: Request<Full<Bytes>>) -> Result<Exchange, SendError> {
-        let (mut parts, body) = request.into_parts();
-        parts.headers.insert(hyper::header::HOST, self.host_header.clone());
+    pub(crate) async fn send(
+        self: &Arc<Self>,
+        request: impl Fn() -> Request<Full<Bytes>>,
+    ) -> Result<Exchange, SendError> {
+        if self.http == HttpVersion::Http2 {
+            return self.send_shared(request).await;
+        }
+        let request = || {
+            let mut request = request();
+            request.headers_mut().insert(HOST, self.host_header.clone());
+            request
+        };
         if let Some(link) = self.take() {
-            let request = Request::from_parts(parts.clone(), body.clone());
-            match self.exchange(link, request).await {
+            match self.exchange(link, request()).await {
                 Err(SendError::NoResponse(error)) if !error.is_parse() => {}
                 done => return done,
             }
         }
         let link = self.connect().await?;
-        self.exchange(link, Request::from_parts(parts, body)).await
+        self.exchange(link, request()).await
     }
 
     /// Closes connections that were idle for too long. Call it now and then: nobody else watches them.
@@ -144,6 +191,15 @@ impl Pool {
     }
 
     async fn connect(&self) -> Result<Box<Link>, SendError> {
+        let (sender, connection) = http1::Builder::new()
+            .max_header_size(RESPONSE_HEAD_BYTES_MAX)
+            .handshake(TokioIo::new(self.open().await?))
+            .await
+            .map_err(SendError::NoResponse)?;
+        Ok(Box::new(Link { sender, connection }))
+    }
+
+    async fn open(&self) -> Result<TcpStream, SendError> {
         let opening = TcpStream::connect((self.host.as_str(), self.port));
         let stream = tokio::time::timeout(CONNECT_TIMEOUT, opening)
             .await
@@ -154,12 +210,73 @@ impl Pool {
         let keepalive =
             socket2::TcpKeepalive::new().with_time(KEEPALIVE_TIME).with_interval(KEEPALIVE_INTERVAL);
         socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive).map_err(SendError::Connect)?;
-        let (sender, connection) = http1::Builder::new()
-            .max_header_size(RESPONSE_HEAD_BYTES_MAX)
-            .handshake(TokioIo::new(stream))
+        Ok(stream)
+    }
+
+    /// [`Pool::send`] over HTTP/2.
+    async fn send_shared(
+        self: &Arc<Self>,
+        request: impl Fn() -> Request<Full<Bytes>>,
+    ) -> Result<Exchange, SendError> {
+        let request = || {
+            let mut request = request();
+            let path = request.uri().path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+            let uri = Uri::builder().scheme(Scheme::HTTP).authority(self.authority.clone());
+            *request.uri_mut() =
+                uri.path_and_query(path).build().expect("a scheme, an authority and a path make a URI");
+            *request.version_mut() = hyper::Version::HTTP_2;
+            request.headers_mut().remove(HOST);
+            request
+        };
+        if let Some((shared, place)) = self.take_shared() {
+            match self.exchange_shared(shared, place, request()).await {
+                Err(SendError::NoResponse(error)) if !error.is_parse() => {}
+                done => return done,
+            }
+        }
+        let (shared, place) = self.connect_shared().await?;
+        self.exchange_shared(shared, place, request()).await
+    }
+
+    /// The open HTTP/2 connection with the fewest requests, if there is one with room or no more may be opened.
+    fn take_shared(&self) -> Option<(Shared, Place)> {
+        let mut all = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|shared| !shared.sender.is_closed());
+        let least = all.iter().min_by_key(|shared| shared.streams.load(Ordering::Relaxed))?;
+        let full = least.streams.load(Ordering::Relaxed) >= STREAMS_MAX;
+        (!full || all.len() >= SHARED_CONNECTIONS_MAX).then(|| least.place())
+    }
+
+    async fn connect_shared(&self) -> Result<(Shared, Place), SendError> {
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_header_list_size(RESPONSE_HEAD_BYTES_MAX as u32)
+            .keep_alive_interval(KEEPALIVE_TIME)
+            .keep_alive_timeout(KEEPALIVE_INTERVAL)
+            .handshake(TokioIo::new(self.open().await?))
             .await
             .map_err(SendError::NoResponse)?;
-        Ok(Box::new(Link { sender, connection }))
+        tokio::spawn(connection);
+        let shared = Shared { sender, streams: Arc::default() };
+        let taken = shared.place();
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner).push(shared);
+        Ok(taken)
+    }
+
+    async fn exchange_shared(
+        self: &Arc<Self>,
+        mut shared: Shared,
+        place: Place,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Exchange, SendError> {
+        shared.sender.ready().await.map_err(SendError::NoResponse)?;
+        let answer = shared.sender.send_request(request).await.map_err(SendError::NoResponse)?;
+        let (head, incoming) = answer.into_parts();
+        let body =
+            EngineBody { incoming, link: None, open: false, pool: Arc::clone(self), _place: Some(place) };
+        Ok(Exchange { head, body })
     }
 
     async fn exchange(
@@ -181,8 +298,15 @@ impl Pool {
         .await;
         let open = connection.is_some();
         let (head, incoming) = answer.map_err(SendError::NoResponse)?.into_parts();
-        let body = EngineBody { incoming, link: Some(link), open, pool: Arc::clone(self) };
+        let body = EngineBody { incoming, link: Some(link), open, pool: Arc::clone(self), _place: None };
         Ok(Exchange { head, body })
+    }
+}
+
+impl Shared {
+    fn place(&self) -> (Self, Place) {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        (self.clone(), Place(Arc::clone(&self.streams)))
     }
 }
 
@@ -199,11 +323,13 @@ impl Link {
 #[derive(Debug)]
 pub(crate) struct EngineBody {
     incoming: Incoming,
-    /// `None` once the body ended.
+    /// `None` once the body ended, and over HTTP/2.
     link: Option<Box<Link>>,
     /// Whether the connection may be polled.
     open: bool,
     pool: Arc<Pool>,
+    /// Over HTTP/2; held until the body is dropped.
+    _place: Option<Place>,
 }
 
 impl EngineBody {

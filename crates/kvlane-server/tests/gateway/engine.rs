@@ -6,10 +6,10 @@ use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::header::HeaderMap;
-use hyper::server::conn::http1;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::TokioIo;
+use hyper::{Method, Request, Response, StatusCode, Version};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -43,6 +43,7 @@ pub enum Act {
 #[derive(Clone, Debug)]
 pub struct Seen {
     pub path: String,
+    pub version: Version,
     pub headers: HeaderMap,
     pub body: Bytes,
 }
@@ -108,7 +109,16 @@ impl Engine {
                         let (state, served) = (Arc::clone(&state), Arc::clone(&served));
                         async move { handle(&state, &served, request).await }
                     });
-                    let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+                    // Who begins with HTTP/2 gets HTTP/2.
+                    let mut start = [0; 3];
+                    let _ = stream.peek(&mut start).await;
+                    let stream = TokioIo::new(stream);
+                    if start == *b"PRI" {
+                        let executor = TokioExecutor::new();
+                        let _ = http2::Builder::new(executor).serve_connection(stream, service).await;
+                    } else {
+                        let _ = http1::Builder::new().serve_connection(stream, service).await;
+                    }
                 });
                 let mut handles = handles.lock().unwrap();
                 // A handle keeps its task's memory.
@@ -223,7 +233,7 @@ async fn handle(
     }
     let act = state.act.lock().unwrap().clone();
     if !matches!(act, Act::Steady(_)) {
-        state.seen.lock().unwrap().push(Seen { path, headers: head.headers, body });
+        state.seen.lock().unwrap().push(Seen { path, version: head.version, headers: head.headers, body });
     }
     let cut = || Err(io::Error::other("told to"));
     let steady = matches!(act, Act::Steady(_));

@@ -7,9 +7,11 @@
 )]
 
 mod bad_input;
+mod batches;
 mod client;
 mod ends;
 mod engine;
+mod h2;
 mod parity;
 
 use client::{bytes, header, json, router};
