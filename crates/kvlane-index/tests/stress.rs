@@ -4,7 +4,7 @@
 //! CI runs a bounded number, oversubscribed. `KVLANE_OPS` sets the operations for each regime (default 150), `KVLANE_SEED` the
 //! seed, `KVLANE_REGIME` a part of the name of the regimes to run. Longer and wider: the example `stress`.
 
-#![expect(clippy::disallowed_methods, clippy::panic, reason = "a test: threads, set by the environment")]
+#![expect(clippy::disallowed_methods, reason = "a test: threads, set by the environment")]
 
 mod model;
 

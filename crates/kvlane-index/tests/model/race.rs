@@ -57,7 +57,7 @@ struct Answer {
 fn cut(regime: &Regime, op: Op, out: &mut Vec<Op>) {
     match op {
         Op::Event(worker, KvEvent::Stored { tier, group, mut parent, blocks })
-            if !(regime.names == Names::Chained && !regime.orphans) =>
+            if regime.names != Names::Chained || regime.orphans =>
         {
             for block in blocks {
                 out.push(Op::Event(worker, KvEvent::Stored { tier, group, parent, blocks: vec![block] }));

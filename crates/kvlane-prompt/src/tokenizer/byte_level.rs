@@ -59,13 +59,13 @@ pub(super) struct ByteLevel {
     normalizer: Option<NormalizerWrapper>,
     stages: Vec<Stage>,
     pairs: Pairs,
-    desks: Mutex<Vec<Box<Desk>>>,
+    desks: Mutex<Vec<Desk>>,
 }
 
 /// One step from a piece of text to its words.
 #[derive(Debug)]
 enum Stage {
-    Split(Splitter),
+    Split(Box<Splitter>),
     /// Every numeric character by itself.
     Digits,
 }
@@ -119,7 +119,7 @@ impl ByteLevel {
     /// The token ids of `text`; `None`: only the library can tell.
     pub(super) fn encode(&self, text: &str) -> Option<Vec<u32>> {
         let kept = self.desks.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut desk = kept.unwrap_or_else(|| Box::new(self.desk()));
+        let mut desk = kept.unwrap_or_else(|| self.desk());
         let mut ids = Vec::with_capacity(text.len() / 4 + 8);
         let done = self.encode_at(&mut desk, text, &mut ids);
         let mut desks = self.desks.lock().unwrap_or_else(PoisonError::into_inner);
@@ -219,7 +219,7 @@ fn stages(pre_tokenizer: &Json) -> Option<Vec<Stage>> {
                     ("Removed", true) => false,
                     _ => return None,
                 };
-                Stage::Split(Splitter::new(pattern, gaps)?)
+                Stage::Split(Box::new(Splitter::new(pattern, gaps)?))
             }
             "Digits" if flag(step, "individual_digits")? => Stage::Digits,
             _ => return None,
@@ -229,7 +229,7 @@ fn stages(pre_tokenizer: &Json) -> Option<Vec<Stage>> {
         return None;
     }
     if flag(last, "use_regex").unwrap_or(true) {
-        stages.push(Stage::Split(Splitter::new(GPT2, true)?));
+        stages.push(Stage::Split(Box::new(Splitter::new(GPT2, true)?)));
     }
     Some(stages)
 }

@@ -109,7 +109,6 @@ pub(crate) struct Gateway {
     max_body_bytes: u64,
     allow_admin: bool,
     replicated: bool,
-    began: Instant,
     draining: AtomicBool,
 }
 
@@ -141,7 +140,6 @@ impl Gateway {
             max_body_bytes,
             allow_admin,
             replicated,
-            began: Instant::now(),
             draining: AtomicBool::new(false),
         });
         let (following, keeping) = (Arc::clone(&gateway), Arc::clone(&gateway));

@@ -91,7 +91,7 @@ fn any_text_gets_the_librarys_tokens() {
             let text = text(&mut random, &marks);
             match fast.encode(&text) {
                 None => {
-                    assert!(left.iter().any(|token| text.contains(token)), "{name}, seed {seed}: {text:?}")
+                    assert!(left.iter().any(|token| text.contains(token)), "{name}, seed {seed}: {text:?}");
                 }
                 Some(ours) => {
                     let library = tokenizer.encode_by_library(&text).unwrap();
@@ -111,9 +111,7 @@ fn every_character_gets_the_librarys_tokens() {
             for from in (0..0x11_0000).step_by(512) {
                 let text: String = (from..from + 512)
                     .filter_map(char::from_u32)
-                    .flat_map(|c| {
-                        [&around[..], c.encode_utf8(&mut [0; 4])].concat().chars().collect::<Vec<_>>()
-                    })
+                    .flat_map(|c| [around, c.encode_utf8(&mut [0; 4])].concat().chars().collect::<Vec<_>>())
                     .collect();
                 // One character in 40 blocks is enough beyond the planes in use.
                 if from >= 0x2_0000 && from % 0x1_0000 != 0 {
