@@ -61,7 +61,13 @@ impl Pair {
 
     /// Does it on both sides and compares what they say of it.
     pub fn run(&mut self, op: &Op) -> Result<(), String> {
+        self.run_seeing(op, |_| {})
+    }
+
+    /// The same; `between` sees both after the operation, before the oracle is told what the index shed to stay inside its budget.
+    pub fn run_seeing(&mut self, op: &Op, between: impl FnOnce(&Self)) -> Result<(), String> {
         self.step(op)?;
+        between(self);
         if self.config.budget_bytes.is_some() && !matches!(op, Op::Query(_)) {
             self.settle(op)
         } else {

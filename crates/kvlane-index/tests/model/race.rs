@@ -6,7 +6,8 @@
 //!
 //! "After one of them" leaves out the moments inside an operation. So each operation here only adds or only takes (then what is true
 //! in its midst is less than before or after it), or first takes and then adds (less than either). An event that names several blocks
-//! by names that may be bound elsewhere does neither; it is cut into events of one block each.
+//! by names that may be bound elsewhere does neither; it is cut into events of one block each. An operation that makes the index shed
+//! has a moment more: what was true before that.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
@@ -101,7 +102,7 @@ pub fn race(regime: Regime, seed: u64, operations: u64, readers: u64) -> Result<
 
     let mut pair = Pair::new(&regime, mix(seed ^ 1));
     let asked = |pair: &Pair| prompts.iter().map(|p| pair.oracle.overlap(p)).collect::<Vec<_>>();
-    let mut history = vec![asked(&pair)];
+    let mut history = vec![[asked(&pair), asked(&pair)]];
     let (turn, done) = (AtomicU64::new(0), AtomicBool::new(false));
     let index = pair.index.clone();
     let read = |reader: u64| {
@@ -137,12 +138,13 @@ pub fn race(regime: Regime, seed: u64, operations: u64, readers: u64) -> Result<
         let threads: Vec<_> = (0..readers).map(|reader| scope.spawn(move || read(reader))).collect();
         for op in &ops {
             turn.fetch_add(1, SeqCst);
-            written = pair.run(op);
+            let mut unshed = Vec::new();
+            written = pair.run_seeing(op, |pair| unshed = asked(pair));
             turn.fetch_add(1, SeqCst);
             if written.is_err() {
                 break;
             }
-            history.push(asked(&pair));
+            history.push([unshed, asked(&pair)]);
         }
         done.store(true, SeqCst);
         threads.into_iter().map(|thread| thread.join().expect("a reader panicked")).collect()
@@ -154,7 +156,12 @@ pub fn race(regime: Regime, seed: u64, operations: u64, readers: u64) -> Result<
         seen.answers += 1;
         // Even: so many operations had ended and none had begun. Odd: one more has begun, which may have been seen.
         let (from, to) = (before as usize / 2, after.div_ceil(2) as usize);
-        let moments = history[from..=to.min(history.len() - 1)].iter().map(|answers| &answers[prompt]);
+        // Of the operation that had ended before the query, only what is true after all of it.
+        let moments = history[from..=to.min(history.len() - 1)]
+            .iter()
+            .flatten()
+            .skip(1)
+            .map(|answers| &answers[prompt]);
         seen.raced += u64::from(from != to);
         if moments.clone().any(|truth| overlaps == *truth) {
             continue;
