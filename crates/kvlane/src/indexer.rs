@@ -20,7 +20,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:8090")]
     listen: SocketAddr,
 
-    /// An engine's publisher, as INSTANCE[:RANK]=tcp://HOST:PORT[,replay=tcp://HOST:PORT]; repeat for each. Others register over HTTP.
+    /// An engine's publisher, as `INSTANCE[:RANK]=tcp://HOST:PORT[,replay=tcp://HOST:PORT]`; repeat for each. Others register over HTTP.
     #[arg(long = "worker", value_name = "ID=ENDPOINT", requires = "block_size")]
     workers: Vec<Worker>,
 

@@ -1,7 +1,7 @@
 //! The index as a service of its own: hears engines that are registered with it, and answers over HTTP who holds what.
 //!
 //! The reference system has such a service, and routers, gateways and schedulers that speak to it; its paths, JSON, statuses and
-//! units are kept ([`api::reference`]), so that they work unchanged. Beside them stand kvlane's own calls, under `/v1`, which say more.
+//! units are kept (`api/reference.rs`), so that they work unchanged. Beside them stand kvlane's own calls, under `/v1`, which say more.
 //!
 //! ```text
 //! register ─▶ registry ─▶ a listener for each rank (crate::ingest) ─▶ the partition's lane ─▶ its index ◀─ query, overlap
