@@ -85,10 +85,10 @@ impl ByteLevel {
     /// Takes `tokenizer` apart. `None`: it has something that is not understood, or does not pass the probes.
     pub(super) fn of(tokenizer: &Tokenizer) -> Option<Self> {
         let ModelWrapper::BPE(model) = tokenizer.get_model() else { return None };
-        let normalizer = match tokenizer.get_normalizer() {
-            None => None,
-            Some(nfc @ NormalizerWrapper::NFC(_)) => Some(nfc.clone()),
-            Some(_) => return None,
+        let normalizer = match tokenizer.get_normalizer().map(steps).unwrap_or_default() {
+            [] => None,
+            [nfc @ NormalizerWrapper::NFC(_)] => Some(nfc.clone()),
+            _ => return None,
         };
         let stages = stages(&serde_json::to_value(tokenizer.get_pre_tokenizer()?).ok()?)?;
         let pairs = Pairs::of(model)?;
@@ -199,6 +199,14 @@ fn is_composed(text: &str) -> bool {
                 | '\u{30a1}'..='\u{30fa}' | '\u{3001}'..='\u{3020}' | '\u{4e00}'..='\u{9fff}' | '\u{ac00}'..='\u{d7a3}'
                 | '\u{ff01}'..='\u{ffdc}' | '\u{1f300}'..='\u{1faff}')
         })
+}
+
+/// The steps of a normalizer. (DeepSeek's is a sequence of none.)
+fn steps(normalizer: &NormalizerWrapper) -> &[NormalizerWrapper] {
+    match normalizer {
+        NormalizerWrapper::Sequence(steps) => steps.as_ref(),
+        one => std::slice::from_ref(one),
+    }
 }
 
 /// The steps of a pre-tokenizer that ends in bytes; `None` where one is not understood.

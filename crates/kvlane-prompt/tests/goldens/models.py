@@ -159,6 +159,7 @@ def generate(out):
     splits = [pre_tokenizers.Split(Regex(p), behavior="isolated") for p in DEEPSEEK]
     tok = byte_level(special=["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", *chat],
                      pre=pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]))
+    tok.normalizer = normalizers.Sequence([])  # as the real one has it
     write(out, "deepseek-like", tok, {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True,
                                       "bos_token": "<｜begin▁of▁sentence｜>", **ends}, CHATML)
 
