@@ -44,7 +44,7 @@ impl Folder {
         self.model()
     }
 
-    /// A tokenizer of 128k words and a plain chat template, as a model's directory has them.
+    /// A tokenizer of 128k words and a chat template with the tokens that its model's has, as a model's directory has them.
     fn model(&self) -> Result<()> {
         let model = self.model_path();
         std::fs::create_dir_all(&model)?;
@@ -52,7 +52,9 @@ impl Folder {
         let output = Command::new(self.python()).args(["-c", find]).output()?;
         let package = PathBuf::from(String::from_utf8(output.stdout)?.trim());
         std::fs::copy(package.join("tokenizer.json"), model.join("tokenizer.json"))?;
-        let template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>";
+        let template = "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}\
+            {% elif m.role == 'assistant' %}<｜Assistant｜>{{ m.content }}<｜end▁of▁sentence｜>\
+            {% else %}{{ m.content }}{% endif %}{% endfor %}<｜Assistant｜>";
         let config = serde_json::json!({ "chat_template": template, "add_bos_token": false });
         std::fs::write(model.join("tokenizer_config.json"), config.to_string())?;
         Ok(())

@@ -10,7 +10,10 @@
 //! checks, and a prefix that only the first word gets. Left out as cuts are tokens matched after normalization (their
 //! matches are not in the raw text) and single-word tokens (whether they match depends on the next character).
 //!
-//! Chat templates end every message with such a token. A text without any is one segment: known again only as a whole.
+//! Most chat templates end every message with such a token. Where there is none for long (a pasted document, a completion, a template of plain words),
+//! byte-level tokenizers have a second kind of cut: the *seam*, between a letter of `a` to `z` and a blank with another such letter behind it. No word
+//! reaches across one, which is proven for each tokenizer when it is loaded (`ByteLevel::has_seams`), and no influence either, so that a segment
+//! behind a seam is tokenized as if it were the whole text. Of other tokenizers a text without added tokens is one segment: known again only as a whole.
 //!
 //! # What is kept
 //!
@@ -40,6 +43,10 @@ use xxhash_rust::xxh3::{xxh3_64_with_seed, xxh3_128};
 /// Shortest segment, in bytes: below it a look-up costs as much as it saves.
 const MIN_SEGMENT_BYTES: usize = 64;
 
+/// A segment that is longer than this ends at the next seam: short enough that little is tokenized again behind a change, and long enough that
+/// looking up is a hundred times cheaper than tokenizing.
+const SEAM_BYTES: usize = 2048;
+
 /// What a segment costs besides its text and tokens: entry, map slot, ring slot.
 const SEGMENT_OVERHEAD_BYTES: usize = 160;
 
@@ -54,17 +61,19 @@ pub(crate) struct CutToken {
 }
 
 /// Finds where a text may be cut.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Cuts {
     /// All added tokens that are matched in raw text; those that are no cuts still take their place.
     finder: Option<AhoCorasick>,
     /// For each pattern of the finder, the token if it is a cut.
     tokens: Vec<Option<CutToken>>,
+    /// A segment of so many bytes ends at the next seam; `None`: there are no seams.
+    seam_bytes: Option<usize>,
 }
 
 impl Cuts {
-    /// The cuts of a tokenizer with these added tokens.
-    pub(crate) fn new(added: &[(u32, tokenizers::AddedToken)]) -> Self {
+    /// The cuts of a tokenizer with these added tokens; `seams`: it is byte-level, and its words end at seams.
+    pub(crate) fn new(added: &[(u32, tokenizers::AddedToken)], seams: bool) -> Self {
         let raw: Vec<_> = added.iter().filter(|(_, t)| !t.normalized && !t.content.is_empty()).collect();
         let tokens = raw
             .iter()
@@ -74,27 +83,50 @@ impl Cuts {
             .match_kind(MatchKind::LeftmostLongest)
             .build(raw.iter().map(|(_, t)| &t.content))
             .ok();
-        Self { finder, tokens }
+        Self { finder, tokens, seam_bytes: seams.then_some(SEAM_BYTES) }
     }
 
-    /// The segments of `text`, in order and without gaps, each with the token that ended the one before it.
+    /// The segments of `text`, in order and without gaps, each with the token that ended the one before it (none if that was a seam).
     fn segments<'t>(&'t self, text: &'t str) -> impl Iterator<Item = (Option<&'t CutToken>, &'t str)> {
         let mut matches = self.finder.as_ref().map(|finder| finder.find_iter(text));
-        let mut start = 0;
-        let mut before = None;
-        std::iter::from_fn(move || {
-            for found in matches.as_mut()? {
-                let Some(token) = &self.tokens[found.pattern().as_usize()] else { continue };
-                if found.end() - start >= MIN_SEGMENT_BYTES {
-                    let segment = (before, &text[start..found.end()]);
-                    (start, before) = (found.end(), Some(token));
-                    return Some(segment);
-                }
+        let mut next_token = move |start: usize| {
+            let found = matches.as_mut()?.find_map(|found| {
+                let token = self.tokens[found.pattern().as_usize()].as_ref()?;
+                (found.end() - start >= MIN_SEGMENT_BYTES).then_some((found.end(), token))
+            });
+            if found.is_none() {
+                matches = None;
             }
-            matches = None;
-            (start < text.len()).then(|| (before, &text[start..]))
+            found
+        };
+        let (mut start, mut before) = (0, None);
+        let mut next = next_token(0);
+        std::iter::from_fn(move || {
+            let end = next.map_or(text.len(), |(end, _)| end);
+            let segment = match self.seam_bytes.and_then(|bytes| seam(text, start + bytes, end)) {
+                Some(seam) => {
+                    let segment = (before, &text[start..seam]);
+                    (start, before) = (seam, None);
+                    segment
+                }
+                None if start == text.len() => return None,
+                None => {
+                    let segment = (before, &text[start..end]);
+                    (start, before) = (end, next.map(|(_, token)| token));
+                    next = next_token(start);
+                    segment
+                }
+            };
+            Some(segment)
         })
     }
+}
+
+/// The first seam from `from` on that is not close to `end`.
+fn seam(text: &str, from: usize, end: usize) -> Option<usize> {
+    let around = text.as_bytes().get(from - 1..end.checked_sub(MIN_SEGMENT_BYTES)?)?;
+    let is_seam = |at: &[u8]| at[0].is_ascii_lowercase() && at[1] == b' ' && at[2].is_ascii_lowercase();
+    around.windows(3).position(is_seam).map(|at| from + at)
 }
 
 /// Leading tokens of a prompt, under a name.

@@ -122,9 +122,9 @@ impl Tokenizer {
         let (before, after) = frame(&inner).map_err(malformed)?;
         let max_chars_per_token = inner.get_vocab(true).keys().map(|t| t.chars().count()).max().unwrap_or(1);
         let added: Vec<_> = inner.get_added_tokens_decoder().into_iter().collect();
-        let cuts = Cuts::new(&added);
-        let cache = (cache_bytes > 0).then(|| PrefixCache::new(cache_bytes));
         let byte_level = ByteLevel::of(&inner);
+        let cuts = Cuts::new(&added, byte_level.as_ref().is_some_and(ByteLevel::has_seams));
+        let cache = (cache_bytes > 0).then(|| PrefixCache::new(cache_bytes));
         Ok(Self { inner, byte_level, before, after, max_chars_per_token, cuts, cache })
     }
 

@@ -103,6 +103,11 @@ fn with_the_cache_as_without() {
     for (name, tokenizer) in tokenizers() {
         for seed in 0..6 {
             let mut random = Random(seed);
+            // Seams as often as there is room for them, or as they come.
+            let mut cuts = tokenizer.cuts().clone();
+            if seed % 2 == 0 {
+                cuts.seam_bytes = cuts.seam_bytes.map(|_| 20);
+            }
             // Small enough for evictions, so that every mix of known and unknown segments comes up.
             let cache = PrefixCache::new(SHARDS * 3000);
             let mut texts = vec![String::new()];
@@ -115,9 +120,7 @@ fn with_the_cache_as_without() {
                     _ => from + &message(&mut random) + random.pick(&MARKS),
                 };
                 let before: &[u32] = if random.below(3) == 0 { &[1] } else { &[] };
-                let ours = cache
-                    .tokens(tokenizer.cuts(), &text, before, |text| tokenizer.encode_content(text))
-                    .unwrap();
+                let ours = cache.tokens(&cuts, &text, before, |text| tokenizer.encode_content(text)).unwrap();
                 let fresh = [before, &tokenizer.encode_by_library(&text).unwrap()].concat();
                 assert_eq!(ours.tokens, fresh, "{name}, seed {seed}, step {step}: {text:?}");
                 assert!(ours.known <= fresh.len());
@@ -168,6 +171,40 @@ fn a_growing_conversation_costs_its_new_text() {
 }
 
 #[test]
+fn a_growing_text_without_special_tokens_costs_its_new_text() {
+    let (_, tokenizer) = tokenizers().into_iter().find(|(name, _)| name == "gpt2-like").unwrap();
+    let cache = PrefixCache::new(1 << 20);
+    let (mut text, mut random) = (String::new(), Random(1));
+    let mut tokenized = 0;
+    for _ in 0..40 {
+        for _ in 0..300 {
+            text.push_str(random.pick(&[
+                "so ",
+                "they said",
+                " it was",
+                " all\n",
+                "good ",
+                "and",
+                " 1999, ",
+                "naïve ",
+            ]));
+        }
+        cache
+            .tokens(tokenizer.cuts(), &text, &[], |text| {
+                tokenized += text.len();
+                tokenizer.encode_content(text)
+            })
+            .unwrap();
+    }
+    // What is new, and behind the last seam what was new before.
+    assert!(
+        tokenized < text.len() + 40 * (SEAM_BYTES + 500),
+        "{tokenized} bytes tokenized for {}",
+        text.len()
+    );
+}
+
+#[test]
 fn the_bound_holds_and_what_is_used_stays() {
     let (_, tokenizer) = tokenizers().into_iter().find(|(name, _)| name == "gpt2-like").unwrap();
     let bytes = SHARDS * 4000;
@@ -182,7 +219,7 @@ fn the_bound_holds_and_what_is_used_stays() {
     }
     assert!(cache.stats().evicted > 1000);
     // Longer than what a shard takes: tokenized each time, kept never.
-    let long = "x ".repeat(4000);
+    let long = "X ".repeat(4000);
     cache.tokens(tokenizer.cuts(), &long, &[], |text| tokenizer.encode_content(text)).unwrap();
     assert!(cache.stats().bytes <= bytes as u64);
 }

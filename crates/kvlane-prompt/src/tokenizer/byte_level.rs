@@ -60,6 +60,8 @@ pub(super) struct ByteLevel {
     stages: Vec<Stage>,
     pairs: Pairs,
     desks: Mutex<Vec<Desk>>,
+    /// See [`ByteLevel::has_seams`].
+    seams: bool,
 }
 
 /// One step from a piece of text to its words.
@@ -98,15 +100,21 @@ impl ByteLevel {
         if normalizer.is_some() && !normalized.iter().all(|(_, token)| is_composed(&token.content)) {
             return None;
         }
-        let it = Self {
-            raw: Added::new(raw)?,
-            normalized: Added::new(normalized)?,
-            normalizer,
-            stages,
-            pairs,
-            desks: Mutex::default(),
-        };
+        let (raw, normalized) = (Added::new(raw)?, Added::new(normalized)?);
+        let seams = has_seams(&stages) && !raw.joins_words() && !normalized.joins_words();
+        let desks = Mutex::default();
+        let it = Self { raw, normalized, normalizer, stages, pairs, desks, seams };
         it.passes(tokenizer).then_some(it)
+    }
+
+    /// Whether a text can be cut between a letter of `a` to `z` and a blank with another such letter behind it: the tokens of both parts, one after the
+    /// other, are those of the whole, whatever else is in them.
+    ///
+    /// It is proven at load. A word ends there in every text: at least one stage begins one at the blank, and none joins the letter to it. What
+    /// any stage or added token finds before the cut does not look beyond it, nor the other way; and no composition of characters
+    /// reaches across a blank.
+    pub(super) fn has_seams(&self) -> bool {
+        self.seams
     }
 
     fn passes(&self, tokenizer: &Tokenizer) -> bool {
@@ -242,6 +250,18 @@ fn stages(pre_tokenizer: &Json) -> Option<Vec<Stage>> {
     Some(stages)
 }
 
+/// Whether a word always ends between a letter and a blank with a letter behind it.
+fn has_seams(stages: &[Stage]) -> bool {
+    let splitters = || {
+        stages.iter().filter_map(|stage| match stage {
+            Stage::Split(splitter) => Some(splitter),
+            Stage::Digits => None,
+        })
+    };
+    splitters().all(|splitter| !splitter.joins_words())
+        && splitters().any(|splitter| splitter.begins_at_blank(&mut splitter.automaton()))
+}
+
 /// Added tokens of one kind: those matched in raw text, or those matched after normalization.
 #[derive(Debug)]
 struct Added {
@@ -262,6 +282,15 @@ impl Added {
             ),
         };
         Some(Self { finder, tokens })
+    }
+
+    /// Whether a match may reach from a letter to a blank behind it, by itself or because it takes the blanks behind it along.
+    fn joins_words(&self) -> bool {
+        let joins = |pair: &[u8]| pair[0].is_ascii_lowercase() && pair[1] == b' ';
+        self.tokens.iter().any(|(_, token)| {
+            let text = token.content.as_bytes();
+            text.windows(2).any(joins) || (token.rstrip && text.last().is_some_and(u8::is_ascii_lowercase))
+        })
     }
 
     /// Cuts `text` at its added tokens: their ids go to `ids`, what lies between them to `piece`.

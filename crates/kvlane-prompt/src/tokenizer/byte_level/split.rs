@@ -9,7 +9,8 @@
 //! and anything beyond alternatives, sequences and greedy repetitions is refused.
 
 use regex_automata::hybrid::dfa::{Cache, Config, DFA};
-use regex_automata::nfa::thompson::{self, NFA, WhichCaptures};
+use regex_automata::nfa::thompson::{self, NFA, State, WhichCaptures};
+use regex_automata::util::primitives::StateID;
 use regex_automata::{Anchored, Input, MatchKind};
 use regex_syntax::ast::{self, Ast, GroupKind, RepetitionKind, RepetitionRange};
 use regex_syntax::hir::{self, Hir};
@@ -36,6 +37,8 @@ pub(super) struct Splitter {
     blanks: bool,
     /// Whether text between matches is a word too.
     gaps: bool,
+    /// See [`Splitter::joins_words`].
+    joins: bool,
 }
 
 /// What an automaton has built so far, and where it begins.
@@ -61,6 +64,7 @@ impl Splitter {
             .configure(thompson::Config::new().which_captures(WhichCaptures::None))
             .build_many_from_hir(&hirs)
             .ok()?;
+        let joins = joins_words(&nfa);
         let config = Config::new()
             .match_kind(MatchKind::LeftmostFirst)
             .cache_capacity(AUTOMATON_BYTES)
@@ -72,11 +76,26 @@ impl Splitter {
         for byte in 0..=u8::MAX {
             begins[usize::from(byte)] = !dfa.next_state(&mut cache, start, byte).ok()?.is_dead();
         }
-        Some(Self { dfa, begins, blanks: head.is_some(), gaps })
+        Some(Self { dfa, begins, blanks: head.is_some(), gaps, joins })
     }
 
     pub(super) fn automaton(&self) -> Automaton {
         Automaton(self.dfa.create_cache())
+    }
+
+    /// Whether a match may hold a letter of `a` to `z` with a blank behind it. If not, then whatever was found up to such a letter does not
+    /// depend on what is behind it, and the search goes on at the blank as at the beginning of a text.
+    pub(super) fn joins_words(&self) -> bool {
+        self.joins
+    }
+
+    /// Whether a blank and a letter of `a` to `z` always begin a match, so that a word ends before them unless a match joins it to them.
+    pub(super) fn begins_at_blank(&self, Automaton(cache): &mut Automaton) -> bool {
+        (b'a'..=b'z').all(|letter| {
+            let text = [b' ', letter];
+            let found = self.dfa.try_search_fwd(cache, &Input::new(&text).anchored(Anchored::Yes));
+            found.is_ok_and(|found| found.is_some_and(|found| found.pattern().as_usize() == 0))
+        })
     }
 
     /// Appends the words of `range` of `text`, which must begin and end between characters. `None`: the automaton gave up.
@@ -112,6 +131,52 @@ impl Splitter {
             words.push(gap..text.len());
         }
         Some(())
+    }
+}
+
+/// Whether some way through `nfa` reads a letter of `a` to `z` and a blank after it.
+fn joins_words(nfa: &NFA) -> bool {
+    let (mut behind_letters, mut joins) = (Vec::new(), false);
+    // From the beginning of a match, not from before it, where an unanchored search reads anything.
+    walk(nfa, vec![nfa.start_anchored()], |state| {
+        behind_letters.extend((b'a'..=b'z').filter_map(|letter| read(state, letter)));
+        true
+    });
+    walk(nfa, behind_letters, |state| {
+        joins |= read(state, b' ').is_some();
+        false
+    });
+    joins
+}
+
+/// Visits every state that is reached from `from` without reading anything, or by reading where `visit` says so.
+fn walk(nfa: &NFA, from: Vec<StateID>, mut visit: impl FnMut(&State) -> bool) {
+    let mut seen = vec![false; nfa.states().len()];
+    let mut left = from;
+    while let Some(id) = left.pop() {
+        if std::mem::replace(&mut seen[id.as_usize()], true) {
+            continue;
+        }
+        let state = nfa.state(id);
+        if visit(state) {
+            left.extend((0..=u8::MAX).filter_map(|byte| read(state, byte)));
+        }
+        match state {
+            State::Look { next, .. } | State::Capture { next, .. } => left.push(*next),
+            State::Union { alternates } => left.extend(alternates),
+            State::BinaryUnion { alt1, alt2 } => left.extend([*alt1, *alt2]),
+            _ => {}
+        }
+    }
+}
+
+/// Where `state` goes to by reading `byte`.
+fn read(state: &State, byte: u8) -> Option<StateID> {
+    match state {
+        State::ByteRange { trans } => trans.matches_byte(byte).then_some(trans.next),
+        State::Sparse(sparse) => sparse.matches_byte(byte),
+        State::Dense(dense) => dense.matches_byte(byte),
+        _ => None,
     }
 }
 

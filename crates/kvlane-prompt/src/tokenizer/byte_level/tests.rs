@@ -103,6 +103,46 @@ fn any_text_gets_the_librarys_tokens() {
 }
 
 #[test]
+fn both_sides_of_a_seam_have_the_tokens_of_the_whole() {
+    for name in UNDERSTOOD {
+        let tokenizer = load(name);
+        let fast = tokenizer.byte_level.as_ref().unwrap();
+        assert!(fast.has_seams(), "{name}");
+        let mut marks: Vec<String> =
+            tokenizer.inner.get_added_tokens_decoder().into_values().map(|token| token.content).collect();
+        marks.sort();
+        for seed in 0..1500 {
+            let mut random = Random(seed);
+            let mut side = || text(&mut random, &marks);
+            let (left, right) = (side() + "s", " t".to_owned() + &side());
+            let parts = [&left, &right].map(|text| tokenizer.encode_content(text).unwrap()).concat();
+            let whole = tokenizer.encode_by_library(&[left.as_str(), &right].concat()).unwrap();
+            assert_eq!(parts, whole, "{name}, seed {seed}: {left:?} {right:?}");
+        }
+    }
+}
+
+#[test]
+fn expressions_that_join_words_have_no_seams() {
+    let seams = |pattern: &str| {
+        let splitter = Splitter::new(pattern, true).unwrap();
+        (!splitter.joins_words(), splitter.begins_at_blank(&mut splitter.automaton()))
+    };
+    for (pattern, expected) in [
+        (GPT2, (true, true)),
+        (r"\p{N}{1,3}", (true, false)),
+        (r"\p{L}+|\s+", (true, true)),
+        (r"\p{L}+", (true, false)),
+        (r" ?\p{L}+ ?", (false, true)),
+        (r"[a-z ]+", (false, true)),
+        (r"(?:ab c)+| \p{L}+", (false, true)),
+        (r"the (?:end)?| \p{L}+|\p{L}+", (false, true)),
+    ] {
+        assert_eq!(seams(pattern), expected, "{pattern}");
+    }
+}
+
+#[test]
 fn every_character_gets_the_librarys_tokens() {
     for name in UNDERSTOOD {
         let tokenizer = load(name);
