@@ -95,8 +95,12 @@ fn main() -> Result<()> {
                 .collect();
             let time = Duration::from_millis(time_ms);
             let sheet = measure(&kinds, &grid, rounds, time, &kvlane, &Folder(std::path::absolute(folder)?))?;
-            sheet.write(&results().join(if quick { "quick.jsonl" } else { "gateway.jsonl" }))?;
-            if quick { Ok(()) } else { report::run(&results()) }
+            // A part of the table is for whoever asked for it.
+            if quick || !only.is_empty() || !cells.is_empty() {
+                return sheet.write(&results().join("quick.jsonl"));
+            }
+            sheet.write(&results().join("gateway.jsonl"))?;
+            report::run(&results())
         }
         Arguments::Engine { ports, tokenizes } => runtime()?.block_on(engine::run(&ports, tokenizes)),
         Arguments::Soak { kvlane, folder, clients, seconds } => {
