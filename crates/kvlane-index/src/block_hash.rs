@@ -2,8 +2,10 @@
 //!
 //! A block is short, so a general implementation spends more on choosing its way by length, and on deriving its keys from the
 //! seed, than on hashing; both are the same for all blocks of a prompt. Here the keys are made once, and for the usual block sizes
-//! the way is chosen once: blocks do not wait for one another, so the processor hashes several at a time. (What a block costs is
-//! multiplications of 64 by 64 bits to 128, of which vector units have none: lanes of four blocks in AVX2 were no faster.)
+//! the way is chosen once: blocks do not wait for one another, so the processor hashes several at a time. What a block costs is
+//! multiplications of 64 by 64 bits to 128, of which vector units have none. Four blocks in the lanes of AVX2, each product made of
+//! four narrow ones, took 3.2 ns a block instead of 4.6 (Zen 3) where the tokens were in the first cache, but 8 % less where they were not, as
+//! a prompt's are: not worth a second way.
 //!
 //! The function is XXH3's, as specified for inputs of 17 to 128 bytes in
 //! <https://github.com/Cyan4973/xxHash/blob/v0.8.3/doc/xxhash_spec.md#xxh3-algorithm-overview>; other lengths go through the crate xxhash-rust,
