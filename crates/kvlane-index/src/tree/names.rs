@@ -259,6 +259,22 @@ impl Names {
         Home { hash, bucket: home as u32 }
     }
 
+    /// Looks into a bucket that was asked for, and asks for what [`enter`](Self::enter) will need beside it: the names of blocks with the
+    /// same tag (`at` says where they lie), and the next bucket if this one is full.
+    #[inline]
+    pub(super) fn warm_more<'n>(&self, home: Home, at: impl Fn(u32) -> &'n u64) {
+        let sub = &self.subs[sub_of(home.hash)];
+        let bucket = &sub.buckets[home.bucket as usize];
+        let mut found = bucket.matches(tag(home.hash));
+        while found != 0 {
+            prefetch(at(bucket.slots[found.trailing_zeros() as usize] & ID));
+            found &= found - 1;
+        }
+        if bucket.passed != 0 || bucket.matches(0) == 0 {
+            prefetch(&sub.buckets[sub.after(home.bucket as usize)]);
+        }
+    }
+
     /// How often any part of the table has grown.
     #[inline]
     pub(super) fn growths(&self) -> u32 {

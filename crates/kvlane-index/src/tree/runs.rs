@@ -44,9 +44,15 @@ pub(super) struct Engines {
 const ENGINE_CHUNK: u32 = 1 << 16;
 
 impl Engines {
+    /// Where the name of a block lies.
+    #[inline]
+    pub(super) fn at(&self, block: u32) -> &u64 {
+        &self.chunks[(block / ENGINE_CHUNK) as usize][(block % ENGINE_CHUNK) as usize]
+    }
+
     #[inline]
     pub(super) fn get(&self, block: u32) -> u64 {
-        self.chunks[(block / ENGINE_CHUNK) as usize][(block % ENGINE_CHUNK) as usize]
+        *self.at(block)
     }
 
     fn reach(&mut self, block: u32) {

@@ -441,6 +441,9 @@ impl Tree {
         let Self { shared, engines, names, homes, .. } = self;
         homes.clear();
         homes.extend(blocks.iter().map(|stored| (names.warm(spread(stored.engine.0)), 0)));
+        for &(home, _) in homes.iter() {
+            names.warm_more(home, |block| engines.at(block));
+        }
         let growths = names.growths();
         let mut done = 0;
         while done < blocks.len() {
