@@ -59,6 +59,9 @@ pub struct Waiting {
     pub id: RequestId,
     /// Opaque number of the tenant that it is served for; 0 if there is only one.
     pub tenant: u64,
+    /// Opaque number of the workers that may serve it: of those that wait for the same ones, none passes another; while they are saturated, others
+    /// may find theirs free. 0 if all may go anywhere.
+    pub lane: u64,
     /// Its class; greater = sooner.
     pub priority: i32,
     /// Its least prefill at any worker when it came, in milliseconds.
@@ -157,8 +160,9 @@ impl AdmissionQueue {
     }
 
     /// The request that is to be dispatched next; it stays until [`Self::take`], so the caller can see first whether a worker has room for it.
-    pub fn first(&self, now_ms: f64) -> Option<Waiting> {
-        self.first_index(now_ms).map(|i| self.waiting[i].1)
+    /// `blocked` are the lanes in which the first had none.
+    pub fn first(&self, now_ms: f64, blocked: &[u64]) -> Option<Waiting> {
+        self.first_index(now_ms, blocked).map(|i| self.waiting[i].1)
     }
 
     /// Takes the request out because it is dispatched now: its tenant is charged. `false` if it does not wait (any more).
@@ -202,18 +206,19 @@ impl AdmissionQueue {
         }
     }
 
-    /// When a request that is refused now should come back.
-    fn retry_after_ms(&self) -> f64 {
+    /// When a request that is refused now should come back, in milliseconds from now, from the recent pace; at least 1,000.
+    pub fn retry_after_ms(&self) -> f64 {
         (self.mean_gap_ms * self.waiting.len() as f64).min(self.limits.max_wait_ms).max(1_000.0)
     }
 
-    fn first_index(&self, now_ms: f64) -> Option<usize> {
+    fn first_index(&self, now_ms: f64, blocked: &[u64]) -> Option<usize> {
         let work = |w: &Waiting| match self.limits.order {
             Order::Arrival => 0.0,
             Order::LeastWork => w.work_ms - (now_ms - w.since_ms).max(0.0),
         };
         let clock = |w: &Waiting| self.clocks.get(&w.tenant).copied().unwrap_or(self.clock);
-        (0..self.waiting.len()).min_by(|a, b| {
+        let open = (0..self.waiting.len()).filter(|i| !blocked.contains(&self.waiting[*i].1.lane));
+        open.min_by(|a, b| {
             let ((order_a, a), (order_b, b)) = (&self.waiting[*a], &self.waiting[*b]);
             b.class(now_ms)
                 .cmp(&a.class(now_ms))
@@ -255,12 +260,12 @@ mod tests {
     use crate::Rng;
 
     fn waiting(id: u64, tenant: u64, priority: i32, work_ms: f64, since_ms: f64) -> Waiting {
-        Waiting { id: RequestId(id), tenant, priority, work_ms, deadline_ms: None, since_ms }
+        Waiting { id: RequestId(id), tenant, lane: 0, priority, work_ms, deadline_ms: None, since_ms }
     }
 
     fn pops(queue: &mut AdmissionQueue, now_ms: f64) -> Vec<u64> {
         let mut out = Vec::new();
-        while let Some(first) = queue.first(now_ms) {
+        while let Some(first) = queue.first(now_ms, &[]) {
             assert!(queue.take(first.id, now_ms));
             out.push(first.id.0);
         }
@@ -273,7 +278,7 @@ mod tests {
         q.park(waiting(1, 0, 0, 1.0, 0.0)).unwrap();
         q.park(waiting(2, 0, 1, 1.0, 500.0)).unwrap();
         assert!(q.must_wait(0, 600.0) && q.must_wait(1, 600.0) && !q.must_wait(2, 600.0));
-        assert_eq!(q.first(600.0).unwrap().id, RequestId(2));
+        assert_eq!(q.first(600.0, &[]).unwrap().id, RequestId(2));
         // Ten seconds on, the first counts as of class 1 too, and came earlier.
         assert_eq!(pops(&mut q, AGING_MS), [1, 2]);
     }
@@ -300,7 +305,7 @@ mod tests {
             q.park(waiting(i, 1, 0, 10.0, 0.0)).unwrap();
         }
         for _ in 0..50 {
-            let first = q.first(0.0).unwrap();
+            let first = q.first(0.0, &[]).unwrap();
             q.take(first.id, 0.0);
         }
         for i in 0..50 {
@@ -320,7 +325,7 @@ mod tests {
         for step in 1..10_000_u32 {
             let now = f64::from(step) * 10.0;
             q.park(waiting(u64::from(step), 0, 0, 10.0, now)).unwrap();
-            let first = q.first(now).unwrap();
+            let first = q.first(now, &[]).unwrap();
             q.take(first.id, now);
             if first.id == RequestId(0) {
                 popped_at = Some(now);
@@ -383,7 +388,7 @@ mod tests {
                         }
                     }
                     2 => {
-                        if let Some(first) = q.first(now) {
+                        if let Some(first) = q.first(now, &[]) {
                             assert!(q.take(first.id, now) && now - first.since_ms <= 500.0 + 5.0);
                             inside.retain(|i| *i != first.id.0);
                         }

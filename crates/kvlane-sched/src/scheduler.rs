@@ -131,6 +131,21 @@ impl Scheduler {
         candidates.iter().any(|c| filter(request, c).is_none() && !self.saturated(request, c, now_ms))
     }
 
+    /// Whether any of the candidates may serve the request, saturated or not.
+    pub fn serves(&self, request: &Request<'_>, candidates: &[Candidate<'_>]) -> bool {
+        candidates.iter().any(|c| filter(request, c).is_none())
+    }
+
+    /// Prefill that the request needs where most of it is held, in milliseconds: its size for those who wait with it.
+    pub fn least_prefill_ms(&self, request: &Request<'_>, candidates: &[Candidate<'_>]) -> f64 {
+        let tokens = request.tokens();
+        let at = |candidate: &Candidate<'_>| {
+            let cached = usable_tokens(candidate, tokens);
+            self.rates(candidate.worker).prefill_ms(tokens - cached, cached)
+        };
+        candidates.iter().map(at).min_by(f64::total_cmp).unwrap_or(0.0)
+    }
+
     fn saturated(&self, request: &Request<'_>, candidate: &Candidate<'_>, now_ms: f64) -> bool {
         let load = self.ledger.load(candidate.worker);
         let tokens = u64::from(request.tokens().saturating_sub(candidate.overlap.total()));

@@ -96,7 +96,7 @@ pub(crate) struct Record {
     /// When it arrived.
     pub at: SystemTime,
     /// The path of the endpoint.
-    pub path: String,
+    pub path: Arc<str>,
     /// The model or adapter that was asked for.
     pub model: Option<String>,
     /// Whether a stream was asked for.
@@ -105,6 +105,8 @@ pub(crate) struct Record {
     pub tokens: Tokens,
     /// Body read to decision, in milliseconds.
     pub routing_ms: f64,
+    /// Then it waited here for a worker with room, in milliseconds.
+    pub waited_ms: f64,
     /// The decision, with a row for each candidate.
     pub decision: Decision,
     /// The fleet as it was then; knows the workers' names.
@@ -144,7 +146,7 @@ impl Record {
         json!({
             "id": self.id.to_string(),
             "at_unix_ms": at_ms,
-            "path": self.path,
+            "path": &*self.path,
             "model": self.model,
             "stream": self.stream,
             "policy": decision.policy,
@@ -152,6 +154,7 @@ impl Record {
             "tokens_from": self.tokens.name(),
             "tokens_unknown_because": match self.tokens { Tokens::Unknown(why) => Some(why), _ => None },
             "routing_ms": self.routing_ms,
+            "waited_ms": self.waited_ms,
             "worker": course.worker.map(|(worker, _)| self.table.worker_name(worker)),
             "picked_because": decision.picked_because.to_string(),
             "unit": decision.unit,
@@ -250,6 +253,7 @@ mod tests {
             stream: false,
             tokens: Tokens::Unknown("blind-policy"),
             routing_ms: 0.0,
+            waited_ms: 0.0,
             decision: Decision::default(),
             table: Arc::default(),
             course: Mutex::default(),

@@ -175,6 +175,8 @@ pub(crate) struct Metrics {
     pub routing: Histogram,
     /// Of that, finding the prompt's tokens.
     pub tokenizing: Histogram,
+    /// Of requests that waited for a worker with room, how long.
+    pub waited: Histogram,
     /// Open client connections.
     pub connections: Gauge,
     /// Requests that were sent to a worker and have not ended.
@@ -210,6 +212,11 @@ impl Metrics {
             ),
             routing: single(r, "routing_seconds", "End of the request's body to the decision"),
             tokenizing: single(r, "tokenizing_seconds", "Finding the tokens of a prompt"),
+            waited: single(
+                r,
+                "queue_seconds",
+                "Wait in the router of requests that found no worker with room",
+            ),
             connections: single(r, "client_connections", "Open client connections"),
             in_flight: single(r, "requests_in_flight", "Requests sent to a worker that have not ended"),
             registry,

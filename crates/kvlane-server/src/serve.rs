@@ -7,6 +7,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use kvlane_sched::Policy;
+use kvlane_sched::queue::QueueLimits;
 use std::collections::hash_map::RandomState;
 use std::convert::Infallible;
 use std::hash::{BuildHasher, Hasher};
@@ -43,6 +44,8 @@ pub struct ServeConfig {
     pub fleet: FleetConfig,
     /// How workers are chosen.
     pub policy: Box<dyn Policy>,
+    /// How requests wait here while all workers are saturated; `None` = as the policy has it.
+    pub queue: Option<QueueLimits>,
     /// Where tokens come from.
     pub tokenizer: TokenizerSetting,
     /// Longest request body, in bytes.
@@ -68,6 +71,7 @@ impl ServeConfig {
             listen,
             fleet,
             policy: Box::default(),
+            queue: None,
             tokenizer: TokenizerSetting::Auto,
             max_body_bytes: 64 << 20,
             max_connections: 16_384,
@@ -121,6 +125,7 @@ pub async fn serve(config: ServeConfig, shutdown: CancellationToken) -> Result<S
         listen,
         fleet: mut fleet_config,
         policy,
+        queue,
         tokenizer,
         max_body_bytes,
         max_connections,
@@ -145,8 +150,10 @@ pub async fn serve(config: ServeConfig, shutdown: CancellationToken) -> Result<S
     // Saved for the last time before the streams end.
     let save = CancellationToken::new();
     let keeping = state.map(|dir| tokio::spawn(keep(dir, fleet.clone(), save_every, save.clone())));
+    let queue =
+        queue.or_else(|| policy.holds_back().then(QueueLimits::default)).filter(|q| q.max_requests > 0);
     let gateway_config =
-        GatewayConfig { policy, tokenizer, max_body_bytes, allow_admin, replicated, seed: seed() };
+        GatewayConfig { policy, queue, tokenizer, max_body_bytes, allow_admin, replicated, seed: seed() };
     let gateway = Gateway::start(fleet.clone(), gateway_config, &stop);
     tracing::info!(%address, workers = fleet_config.workers.len(), "listening");
 

@@ -244,6 +244,7 @@ impl<'t> Run<'t> {
             let waiting = Waiting {
                 id: RequestId(u64::from(index)),
                 tenant: 0,
+                lane: 0,
                 priority: 0,
                 work_ms,
                 deadline_ms: None,
@@ -260,7 +261,7 @@ impl<'t> Run<'t> {
     /// Sends those that wait for as long as a worker has room.
     fn drains(&mut self, now_us: u64) {
         let now_ms = now_us as f64 / 1000.0;
-        while let Some(first) = self.parked.as_ref().and_then(|q| q.first(now_ms)) {
+        while let Some(first) = self.parked.as_ref().and_then(|q| q.first(now_ms, &[])) {
             if !self.dispatches(now_us, first.id.0 as u32, true) {
                 break;
             }

@@ -3,6 +3,7 @@
 use anyhow::Context;
 use kvlane_sched::Policy;
 use kvlane_sched::policy::NAMES;
+use kvlane_sched::queue::{Order, QueueLimits};
 use kvlane_server::config::WorkerSpec;
 use kvlane_server::fleet::FleetConfig;
 use kvlane_server::{ServeConfig, TokenizerSetting};
@@ -27,6 +28,20 @@ pub(crate) struct Args {
     /// nor events.
     #[arg(long, value_name = "NAME", default_value = NAMES[0])]
     policy: String,
+
+    /// Requests that may wait here while every worker that could take them is saturated; 0 = none, the engines queue. Headers: x-kvlane-priority
+    /// (-100 to 100, greater is sooner), x-kvlane-deadline-ms, x-kvlane-tenant (else the API key; tenants get equal work). Default: 4096 for
+    /// kv, 0 for the others.
+    #[arg(long, value_name = "COUNT")]
+    queue: Option<usize>,
+
+    /// Seconds that a request may wait here before it is refused with 503.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    queue_wait: u64,
+
+    /// Order of one tenant's waiting requests of a class: least-work (the shortest uncached prompt, and waiting counts) or arrival.
+    #[arg(long, value_name = "ORDER", default_value = "least-work")]
+    queue_order: QueueOrder,
 
     /// Model directory or tokenizer.json to tokenize with, or `engine` to ask the engines. Without it: the directory that the engine
     /// loaded the model from, if it is on this host too, else the engine.
@@ -65,12 +80,24 @@ pub(crate) struct Args {
     drain: u64,
 }
 
+/// Which of a tenant's waiting requests comes first.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum QueueOrder {
+    /// The one with the least left to compute.
+    LeastWork,
+    /// The one that came first.
+    Arrival,
+}
+
 /// Runs until SIGTERM or SIGINT.
 pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     let Args {
         workers,
         listen,
         policy,
+        queue,
+        queue_wait,
+        queue_order,
         tokenizer,
         max_body_bytes,
         max_connections,
@@ -81,6 +108,15 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
         peers,
     } = args;
     let policy: Box<dyn Policy> = policy.parse().context("--policy")?;
+    let by_default = if policy.holds_back() { QueueLimits::default().max_requests } else { 0 };
+    let queue = QueueLimits {
+        max_requests: queue.unwrap_or(by_default),
+        max_wait_ms: queue_wait as f64 * 1e3,
+        order: match queue_order {
+            QueueOrder::LeastWork => Order::LeastWork,
+            QueueOrder::Arrival => Order::Arrival,
+        },
+    };
     let tokenizer = match tokenizer {
         None => TokenizerSetting::Auto,
         Some(path) if path.as_os_str() == "engine" => TokenizerSetting::Engine,
@@ -95,6 +131,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     };
     let config = ServeConfig {
         policy,
+        queue: Some(queue),
         tokenizer,
         max_body_bytes,
         max_connections,

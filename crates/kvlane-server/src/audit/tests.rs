@@ -31,11 +31,12 @@ fn case(actual: u32) -> Case {
     let record = Arc::new(Record {
         id: Ring::new(1).next_id(),
         at: SystemTime::UNIX_EPOCH,
-        path: String::new(),
+        path: "".into(),
         model: None,
         stream: false,
         tokens: crate::explain::Tokens::Local,
         routing_ms: 0.0,
+        waited_ms: 0.0,
         decision: kvlane_sched::Decision::default(),
         table: Arc::default(),
         course: Mutex::default(),

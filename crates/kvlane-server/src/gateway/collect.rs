@@ -53,6 +53,8 @@ impl Gateway {
     pub(super) fn collect(&self) -> Registry {
         let mut registry = Registry::with_prefix("kvlane");
         let r = &mut registry;
+        let waiting: Gauge = register(r, "queue_requests", "Requests that wait here for a worker with room");
+        waiting.set(i64::try_from(self.admission.waiting()).unwrap_or(i64::MAX));
         self.collect_workers(r);
         self.collect_events(r);
         self.collect_indexes(r);

@@ -55,7 +55,8 @@ impl Desk {
         Self { books: Mutex::new(Books { scheduler, rng, left }), leave, began: Instant::now() }
     }
 
-    fn now_ms(&self) -> f64 {
+    /// The time on its clock, in milliseconds.
+    pub(crate) fn now_ms(&self) -> f64 {
         self.began.elapsed().as_secs_f64() * 1e3
     }
 

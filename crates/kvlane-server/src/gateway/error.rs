@@ -9,7 +9,7 @@ use hyper::{Response, StatusCode};
 use serde::Serialize;
 
 /// Seconds after which a client should try again where no worker could take its request.
-const RETRY_AFTER_S: u32 = 1;
+const RETRY_AFTER_S: u64 = 1;
 
 /// An error for the client.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +22,8 @@ pub(crate) struct ClientError {
     pub param: Option<&'static str>,
     /// OpenAI's machine-readable name.
     pub code: Option<&'static str>,
+    /// When to come back, in seconds; `None` = this does not pass by itself.
+    pub retry_after_s: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -40,7 +42,8 @@ struct Inner<'a> {
 impl ClientError {
     /// An error without a field or a code.
     pub(crate) fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), param: None, code: None }
+        let retry_after_s = (status == StatusCode::SERVICE_UNAVAILABLE).then_some(RETRY_AFTER_S);
+        Self { status, message: message.into(), param: None, code: None, retry_after_s }
     }
 
     /// The request itself is wrong.
@@ -117,6 +120,7 @@ impl ClientError {
         match self.status {
             StatusCode::NOT_FOUND => "NotFoundError",
             StatusCode::FORBIDDEN => "PermissionDeniedError",
+            StatusCode::TOO_MANY_REQUESTS => "RateLimitError",
             StatusCode::SERVICE_UNAVAILABLE => "ServiceUnavailableError",
             status if status.is_client_error() => "BadRequestError",
             _ => "InternalServerError",
@@ -125,7 +129,7 @@ impl ClientError {
 
     /// The JSON object.
     pub(crate) fn json(&self) -> Bytes {
-        let Self { status: _, message, param, code } = self;
+        let Self { status: _, message, param, code, retry_after_s: _ } = self;
         let wire = Wire { error: Inner { message, r#type: self.kind(), param: *param, code: *code } };
         serde_json::to_vec(&wire).expect("strings always serialize").into()
     }
@@ -148,8 +152,8 @@ impl ClientError {
         let mut response = Response::new(self.json());
         *response.status_mut() = self.status;
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        if self.status == StatusCode::SERVICE_UNAVAILABLE {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_S));
+        if let Some(seconds) = self.retry_after_s {
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
         response
     }

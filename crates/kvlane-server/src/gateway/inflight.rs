@@ -130,6 +130,7 @@ impl InFlight {
         if self.record.stream {
             let id = self.request_id();
             self.gateway.desk.tell(id, Report::FirstToken);
+            self.gateway.admission.room_may_be();
         }
     }
 
@@ -243,6 +244,7 @@ impl Drop for InFlight {
         // An engine that counts what it generated has told more than pieces can.
         let untold = if self.usage.completion_tokens.is_some() { 0 } else { pieces };
         self.gateway.desk.tell(id, Report::End(untold));
+        self.gateway.admission.room_may_be();
         self.gateway.metrics.in_flight.dec();
         let whole = self.arrived.elapsed();
         self.upstream.metrics.outcome(self.outcome);
@@ -255,7 +257,7 @@ impl Drop for InFlight {
         self.audit();
         tracing::info!(
             id = %self.record.id,
-            path = self.record.path,
+            path = &*self.record.path,
             model = self.record.model,
             worker = self.record.table.worker_name(self.worker),
             status = self.status,

@@ -5,6 +5,7 @@
 //! candidate if the first gives no byte ([`forward`]); an [`inflight::InFlight`] releases what it held, whatever ends it.
 
 mod admin;
+mod admission;
 mod body;
 mod collect;
 mod desk;
@@ -28,6 +29,7 @@ pub(crate) use plan::ledger_ids;
 pub use prompts::TokenizerSetting;
 pub(crate) use table::{Table, Upstream, believed};
 
+use self::admission::Admission;
 use self::body::ResponseBody;
 use self::desk::Desk;
 use self::error::ClientError;
@@ -47,6 +49,7 @@ use hyper::Request;
 use hyper::body::Incoming;
 use kvlane_index::{BlockHash, Index, Overlaps, Worker};
 use kvlane_prompt::{Endpoint, RequestFields};
+use kvlane_sched::queue::QueueLimits;
 use kvlane_sched::{Policy, Rng, Scheduler};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -80,6 +83,8 @@ pub(crate) struct PromptBlocks {
 pub(crate) struct GatewayConfig {
     /// How workers are chosen.
     pub policy: Box<dyn Policy>,
+    /// How many requests wait here, and how long, while all workers are saturated; `None` = none.
+    pub queue: Option<QueueLimits>,
     /// Where tokens come from.
     pub tokenizer: TokenizerSetting,
     /// Longest request body.
@@ -100,6 +105,7 @@ pub(crate) struct Gateway {
     table: Arc<ArcSwap<Table>>,
     desk: Desk,
     prompts: Arc<Prompts>,
+    admission: Admission,
     known_blocks: KnownBlocks,
     explanations: Ring,
     auditor: Auditor,
@@ -116,7 +122,8 @@ impl Gateway {
     /// A gateway over `fleet`, with its background tasks, which end with `stop`.
     pub(crate) fn start(fleet: Fleet, config: GatewayConfig, stop: &CancellationToken) -> Arc<Self> {
         let metrics = Arc::new(Metrics::new());
-        let GatewayConfig { policy, tokenizer, max_body_bytes, allow_admin, replicated, seed } = config;
+        let GatewayConfig { policy, queue, tokenizer, max_body_bytes, allow_admin, replicated, seed } =
+            config;
         let prompts = Arc::new(Prompts::new(tokenizer));
         let table = Arc::new(ArcSwap::from_pointee(Table::new(&fleet, &Table::default(), &metrics)));
         let witness = FleetWitness {
@@ -132,6 +139,7 @@ impl Gateway {
             table,
             cache_aware: policy.needs_cache_knowledge(),
             desk: Desk::new(Scheduler::new(policy), Rng::new(seed)),
+            admission: Admission::new(queue),
             prompts,
             known_blocks: KnownBlocks::new(),
             explanations: Ring::new((seed >> 32) as u32 ^ seed as u32),
@@ -143,6 +151,7 @@ impl Gateway {
             draining: AtomicBool::new(false),
         });
         let (following, keeping) = (Arc::clone(&gateway), Arc::clone(&gateway));
+        tokio::spawn(stop.child_token().run_until_cancelled_owned(Arc::clone(&gateway).let_out()));
         tokio::spawn(
             stop.child_token().run_until_cancelled_owned(async move { following.follow_fleet().await }),
         );
@@ -251,7 +260,7 @@ impl Gateway {
         let path = head.uri.path();
         let ask = Ask { arrived, path, headers: &head.headers, fields, body_bytes: body.len() };
         let plan = self.plan(&ask).await?;
-        let inflight = self.book(&plan, &ask)?;
+        let (plan, inflight) = self.admit(plan).await?;
         Ok(self.forward(&plan, inflight, head, body).await)
     }
 }

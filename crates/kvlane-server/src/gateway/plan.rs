@@ -1,12 +1,13 @@
 //! From a request to the worker that should serve it: tokens, blocks, overlaps, decision, booking.
 
+use super::admission::Turn;
 use super::error::ClientError;
 use super::inflight::{Expected, InFlight};
 use super::known_blocks::KnownBlocks;
 use super::prompts::{Known, Refused, Tokenized};
 use super::{Gateway, PromptBlocks, Table, Upstream};
 use crate::audit::{Evidence, Prediction};
-use crate::explain::{Course, Record, Tokens};
+use crate::explain::{Course, Id, Record, Tokens};
 use crate::fleet::{Facts, Instance, Partition, Trust};
 use hyper::header::HeaderMap;
 use kvlane_index::hash::Namespace;
@@ -44,6 +45,14 @@ pub(crate) struct Ask<'a> {
 /// What was found out about a request, enough to decide (again) and to book.
 #[derive(Debug)]
 pub(crate) struct Plan {
+    /// When the request's head was read.
+    pub arrived: Instant,
+    path: Arc<str>,
+    fields: Option<Arc<RequestFields>>,
+    /// What all its prompts begin with.
+    prompt: Known,
+    /// Tokens of its longest prompt.
+    longest_prompt: u64,
     /// The fleet as it was.
     pub table: Arc<Table>,
     candidates: Vec<Offer>,
@@ -63,6 +72,12 @@ pub(crate) struct Plan {
     ledger_id_tokens: u32,
     /// Why the engine's count of cached tokens cannot be compared.
     unaudited: Option<&'static str>,
+    /// Finding all this out took so long since the arrival.
+    routing: Duration,
+    /// Then it waited so long for a worker.
+    pub waited: Duration,
+    /// Which of those that wait it comes after.
+    pub turn: Turn,
 }
 
 /// A worker that might serve the request.
@@ -98,9 +113,15 @@ impl Gateway {
             _ => Tokenized::unknown("endpoint"),
         };
         let prompt_tokens = total(&tokenized);
-        let serving = self.long_enough(serving, ask.fields, &tokenized)?;
+        let longest_prompt = tokenized.prompts.iter().map(|p| p.tokens.len() as u64).max().unwrap_or(0);
+        let serving = self.long_enough(serving, ask.fields, longest_prompt)?;
         let pinned = ask.headers.get("x-data-parallel-rank").map(rank_pin).transpose()?;
         let mut plan = Plan {
+            arrived: ask.arrived,
+            path: ask.path.into(),
+            fields: ask.fields.map(Arc::clone),
+            prompt: common_prefix(&tokenized.prompts),
+            longest_prompt,
             candidates: Vec::new(),
             found: Vec::new(),
             tokens: tokenized.from,
@@ -126,9 +147,28 @@ impl Gateway {
                 _ => None,
             },
             table: Arc::clone(&table),
+            routing: Duration::ZERO,
+            waited: Duration::ZERO,
+            turn: Turn::of(ask.headers)?,
         };
-        plan.offer(&serving, ask.fields, &common_prefix(&tokenized.prompts), &self.known_blocks);
+        plan.offer(&serving, &self.known_blocks);
+        plan.routing = ask.arrived.elapsed();
+        self.metrics.routing.observe(plan.routing);
         Ok(plan)
+    }
+
+    /// Offers the workers of now, with what they hold now: for a request that waited.
+    pub(super) fn renew(&self, plan: &mut Plan) -> Result<(), ClientError> {
+        let table = self.table.load_full();
+        let fields = plan.fields.clone();
+        let serving = self.serving(&table, fields.as_ref())?;
+        let serving = self.long_enough(serving, fields.as_ref(), plan.longest_prompt)?;
+        plan.table = Arc::clone(&table);
+        plan.candidates.clear();
+        plan.found.clear();
+        plan.ledger_ids.clear();
+        plan.offer(&serving, &self.known_blocks);
+        Ok(())
     }
 
     /// The healthy instances that may serve the request.
@@ -181,9 +221,8 @@ impl Gateway {
         &self,
         serving: Cow<'t, [Arc<Instance>]>,
         fields: Option<&Arc<RequestFields>>,
-        tokenized: &Tokenized,
+        longest_prompt: u64,
     ) -> Result<Cow<'t, [Arc<Instance>]>, ClientError> {
-        let longest_prompt = tokenized.prompts.iter().map(|p| p.tokens.len() as u64).max().unwrap_or(0);
         let room = |instance: &Instance| {
             context(instance, fields).is_none_or(|len| {
                 // Scoring a prompt (`max_tokens: 0`) needs no room for an answer.
@@ -214,40 +253,54 @@ impl Gateway {
         (decision, result)
     }
 
-    /// Decides and books under one lock, so that the next request sees what this one reserved.
-    pub(super) fn book(self: &Arc<Self>, plan: &Plan, ask: &Ask<'_>) -> Result<InFlight, ClientError> {
-        let id = self.explanations.next_id();
-        let request_id = RequestId(id.sequence);
-        let request = plan.request(request_id);
+    /// Decides and books under one lock, so that the next request sees what this one reserved. `None` if `wait_for_room` and every worker
+    /// that may serve the request is saturated; nothing was booked then.
+    pub(super) fn book(
+        self: &Arc<Self>,
+        plan: &Plan,
+        id: Id,
+        wait_for_room: bool,
+    ) -> Result<Option<InFlight>, ClientError> {
+        let request = plan.request(RequestId(id.sequence));
         let candidates = plan.candidates();
         let mut decision = Decision::default();
         let decided = self.desk.with(|books, now_ms| {
+            // Who cannot be served at all is told so at once.
+            if wait_for_room
+                && !books.scheduler.has_room(&request, &candidates, now_ms)
+                && books.scheduler.serves(&request, &candidates)
+            {
+                return Ok(None);
+            }
             books.scheduler.decide(&request, &candidates, now_ms, &mut books.rng, &mut decision)?;
             let worker = decision.worker().expect("a decision without an error names a worker");
             books
                 .scheduler
                 .book(&request, &decision, worker, now_ms)
                 .expect("ids count up and are never in flight twice");
-            Ok(worker)
+            Ok(Some(worker))
         });
-        let routing = ask.arrived.elapsed();
-        self.metrics.routing.observe(routing);
-        let worker = decided.map_err(|reject| match reject {
-            Reject::PinnedAbsent => ClientError::bad_request(
-                "`X-data-parallel-rank` names a rank that no worker of this model has.",
-            ),
-            Reject::NoWorkers | Reject::NoneEligible => {
-                ClientError::unavailable("No worker can take this request now; try again soon.")
+        let worker = match decided {
+            Ok(Some(worker)) => worker,
+            Ok(None) => return Ok(None),
+            Err(Reject::PinnedAbsent) => {
+                return Err(ClientError::bad_request(
+                    "`X-data-parallel-rank` names a rank that no worker of this model has.",
+                ));
             }
-        })?;
+            Err(Reject::NoWorkers | Reject::NoneEligible) => {
+                return Err(ClientError::unavailable("No worker can take this request now; try again soon."));
+            }
+        };
         let record = Arc::new(Record {
             id,
             at: SystemTime::now(),
-            path: ask.path.to_owned(),
-            model: ask.fields.and_then(|f| f.model.clone()),
-            stream: ask.fields.is_some_and(|f| f.stream),
+            path: Arc::clone(&plan.path),
+            model: plan.fields.as_ref().and_then(|f| f.model.clone()),
+            stream: plan.streams,
             tokens: plan.tokens,
-            routing_ms: routing.as_secs_f64() * 1e3,
+            routing_ms: plan.routing.as_secs_f64() * 1e3,
+            waited_ms: plan.waited.as_secs_f64() * 1e3,
             decision,
             table: Arc::clone(&plan.table),
             course: Mutex::new(Course::default()),
@@ -258,7 +311,7 @@ impl Gateway {
         predict(plan, offer);
         let expected = plan.expected(offer);
         let upstream = Arc::clone(plan.upstream(offer));
-        Ok(InFlight::new(Arc::clone(self), record, ask.arrived, upstream, worker, expected))
+        Ok(Some(InFlight::new(Arc::clone(self), record, plan.arrived, upstream, worker, expected)))
     }
 
     /// Books the request at another worker of the same decision.
@@ -287,15 +340,11 @@ fn predict(plan: &Plan, offer: &Offer) {
 }
 
 impl Plan {
-    /// Offers every rank of `serving`, with what it holds of `tokens`.
-    fn offer(
-        &mut self,
-        serving: &[Arc<Instance>],
-        fields: Option<&Arc<RequestFields>>,
-        prompt: &Known,
-        known_blocks: &KnownBlocks,
-    ) {
+    /// Offers every rank of `serving`, with what it holds of the prompt.
+    fn offer(&mut self, serving: &[Arc<Instance>], known_blocks: &KnownBlocks) {
         let table = Arc::clone(&self.table);
+        let (fields, prompt) = (self.fields.clone(), self.prompt.clone());
+        let fields = fields.as_ref();
         let skips_cache = fields.is_some_and(|f| f.skips_cache);
         let mut looked_up: Vec<(&Arc<Partition>, Overlaps)> = Vec::new();
         for instance in serving {
@@ -304,7 +353,7 @@ impl Plan {
             let found = partition.and_then(|partition| {
                 let known = looked_up.iter().position(|(p, _)| Arc::ptr_eq(p, partition));
                 known.or_else(|| {
-                    let blocks = prompt_blocks(partition, instance, fields, prompt, known_blocks)?;
+                    let blocks = prompt_blocks(partition, instance, fields, &prompt, known_blocks)?;
                     let mut overlaps = Overlaps::default();
                     blocks.index.overlap(&blocks.hashes, &mut overlaps);
                     if self.ledger_ids.is_empty() {
@@ -343,7 +392,8 @@ impl Plan {
         self.candidates.iter().find(|c| c.worker == worker)
     }
 
-    fn request(&self, id: RequestId) -> Request<'_> {
+    /// What the scheduler is to know of the request.
+    pub(super) fn request(&self, id: RequestId) -> Request<'_> {
         Request {
             id,
             model: self.model,
@@ -354,14 +404,15 @@ impl Plan {
             streams: self.streams,
             pinned: self.pinned,
             wishes: Wishes::default(),
-            priority: 0,
+            priority: self.turn.priority,
             session: self.session,
             blocks: &self.ledger_ids,
             block_id_tokens: self.ledger_id_tokens,
         }
     }
 
-    fn candidates(&self) -> Vec<Candidate<'_>> {
+    /// The workers that the scheduler is to choose from.
+    pub(super) fn candidates(&self) -> Vec<Candidate<'_>> {
         self.candidates
             .iter()
             .map(|offer| Candidate {
@@ -409,6 +460,22 @@ impl Plan {
     /// The prediction for `worker`, for a dry run.
     pub(super) fn predicted_tokens(&self, worker: Worker) -> Option<u32> {
         Some(self.prediction(self.get(worker)?)?.cached_tokens)
+    }
+
+    /// Equal for requests that may go to the same workers: none of them passes another.
+    pub(super) fn lane(&self) -> u64 {
+        let pin = match self.pinned {
+            None => 0,
+            Some(Pin::Rank(rank)) => u64::from(rank) + 1,
+            Some(Pin::Instance(instance)) => xxh3_64(&instance.0.to_le_bytes()),
+            Some(Pin::Worker(worker)) => xxh3_64(worker.to_string().as_bytes()),
+        };
+        self.model ^ pin.rotate_left(32)
+    }
+
+    /// Whether it may wait in the router: what no engine computes a prompt for passes at once.
+    pub(super) fn may_wait(&self) -> bool {
+        self.fields.is_some()
     }
 
     /// Where the tokens came from.

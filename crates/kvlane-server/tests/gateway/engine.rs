@@ -37,6 +37,8 @@ pub enum Act {
     DieUnlessFresh,
     /// Never answers.
     Hang,
+    /// Waits for [`Engine::go_on`], then answers this JSON.
+    Held(String),
 }
 
 /// A request as the engine saw it.
@@ -137,7 +139,7 @@ impl Engine {
         *self.state.tokenize.lock().unwrap() = Some(tokenize);
     }
 
-    /// Lets a stream send one more piece.
+    /// Lets a stream send one more piece, or a request that is held have its answer.
     pub fn go_on(&self) {
         self.state.go_on.add_permits(1);
     }
@@ -245,6 +247,12 @@ async fn handle(
         Act::Hang => {
             let _leaves = Leaves::new(state);
             return std::future::pending().await;
+        }
+        Act::Held(text) => {
+            let mut leaves = Leaves::new(state);
+            state.go_on.acquire().await.unwrap().forget();
+            leaves.done();
+            return Ok(whole(200, &text));
         }
         Act::Stream(pieces) => (pieces, false),
         Act::Steady(count) => (vec!["data: {\"choices\":[]}\n\n"; count], false),

@@ -6,6 +6,7 @@
     reason = "tests, with their engine and client in modules of their own"
 )]
 
+mod admission;
 mod bad_input;
 mod batches;
 mod client;
