@@ -58,7 +58,8 @@ fn parse(page: &str) -> BTreeMap<String, Rule> {
         .collect()
 }
 
-/// Normal dependencies by package name. Two versions of one package count as one.
+/// Normal dependencies by package name. Two versions of one package count as one. What a procedural macro depends on is left out: it runs in the
+/// compiler and is in no program.
 struct Graph {
     ours: BTreeSet<String>,
     direct: BTreeMap<String, BTreeSet<String>>,
@@ -80,8 +81,18 @@ impl Graph {
             array(&metadata["packages"]).iter().map(|p| (text(&p["id"]), text(&p["name"]))).collect();
         let name = |id: &Value| names.get(id.as_str().unwrap_or_default()).cloned().unwrap_or_default();
         let ours = array(&metadata["workspace_members"]).iter().map(name).collect();
+        let is_macro = |package: &Value| {
+            array(&package["targets"])
+                .iter()
+                .any(|t| array(&t["kind"]).iter().any(|kind| kind == "proc-macro"))
+        };
+        let macros: BTreeSet<String> =
+            array(&metadata["packages"]).iter().filter(|p| is_macro(p)).map(|p| text(&p["id"])).collect();
         let mut direct: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         for node in array(&metadata["resolve"]["nodes"]) {
+            if macros.contains(&text(&node["id"])) {
+                continue;
+            }
             let normal = array(&node["deps"])
                 .iter()
                 .filter(|d| array(&d["dep_kinds"]).iter().any(|k| k["kind"].is_null()))
