@@ -1,11 +1,13 @@
-//! A small HTTP/1.1 server around an axum router, with a bound on everything that a client decides.
+//! A small server of HTTP/1.1, and of HTTP/2 for gRPC, around an axum router, with a bound on everything that a client decides.
+//!
+//! Which of the two a client speaks shows in its first bytes: HTTP/2 begins with a method that HTTP/1.1 does not have.
 //!
 //! `axum::serve` has neither a limit of connections nor a time in which a request head must have come, so a few idle sockets would
 //! hold it up. The gateway has a loop of its own, because it drains streams.
 
 use axum::Router;
-use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::server::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use std::io;
 use std::net::SocketAddr;
@@ -23,6 +25,17 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const BACKLOG: i32 = 4096;
 /// Running requests get this long to end after the shutdown began.
 const DRAIN: Duration = Duration::from_secs(5);
+
+/// What an HTTP/2 connection begins with, in part (RFC 9113, section 3.4): no method of HTTP/1.1 begins so.
+const HTTP2_BEGINS: &[u8] = b"PRI ";
+/// Requests that one HTTP/2 connection may have open.
+const STREAMS_MAX: u32 = 1_024;
+/// An HTTP/2 connection is asked so often whether it is alive, and closed if it does not answer for as long.
+const KEEPALIVE: Duration = Duration::from_secs(20);
+/// Bytes of requests that an HTTP/2 client may send ahead: in one request, and in all of a connection.
+const WINDOW_BYTES: (u32, u32) = (1 << 20, 4 << 20);
+/// Between two looks at a connection that has sent too little to tell what it speaks.
+const PEEK_PAUSE: Duration = Duration::from_millis(20);
 
 /// What one client may take.
 #[derive(Clone, Copy, Debug)]
@@ -107,21 +120,61 @@ fn prepare(stream: &TcpStream, stall: Duration) -> io::Result<()> {
 }
 
 async fn connection(stream: TcpStream, router: Router, limits: Limits, closing: CancellationToken) {
-    let mut serving = pin!(
-        http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(limits.head_timeout)
-            .max_buf_size(limits.head_bytes)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
-    );
-    let ended = tokio::select! {
-        ended = &mut serving => ended,
-        () = closing.cancelled() => {
-            serving.as_mut().graceful_shutdown();
-            serving.await
+    let spoken = tokio::select! {
+        spoken = tokio::time::timeout(limits.head_timeout, is_http2(&stream)) => spoken,
+        // Nothing was asked yet.
+        () = closing.cancelled() => return,
+    };
+    let Ok(Ok(http2)) = spoken else { return };
+    let (stream, service) = (TokioIo::new(stream), TowerToHyperService::new(router));
+    let ended = if http2 {
+        let mut serving = pin!(
+            http2::Builder::new(TokioExecutor::new())
+                .timer(TokioTimer::new())
+                .max_header_list_size(u32::try_from(limits.head_bytes).unwrap_or(u32::MAX))
+                .max_concurrent_streams(STREAMS_MAX)
+                .initial_stream_window_size(WINDOW_BYTES.0)
+                .initial_connection_window_size(WINDOW_BYTES.1)
+                .keep_alive_interval(KEEPALIVE)
+                .keep_alive_timeout(KEEPALIVE)
+                .serve_connection(stream, service)
+        );
+        tokio::select! {
+            ended = &mut serving => ended,
+            () = closing.cancelled() => {
+                serving.as_mut().graceful_shutdown();
+                serving.await
+            }
+        }
+    } else {
+        let mut serving = pin!(
+            http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(limits.head_timeout)
+                .max_buf_size(limits.head_bytes)
+                .serve_connection(stream, service)
+        );
+        tokio::select! {
+            ended = &mut serving => ended,
+            () = closing.cancelled() => {
+                serving.as_mut().graceful_shutdown();
+                serving.await
+            }
         }
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "a connection ended early");
+    }
+}
+
+/// Whether a client speaks HTTP/2, once it has said enough; nothing is taken from the stream.
+async fn is_http2(stream: &TcpStream) -> io::Result<bool> {
+    let mut seen = [0; HTTP2_BEGINS.len()];
+    loop {
+        match stream.peek(&mut seen).await? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n if n == seen.len() || seen[..n] != HTTP2_BEGINS[..n] => return Ok(seen == HTTP2_BEGINS),
+            _ => tokio::time::sleep(PEEK_PAUSE).await,
+        }
     }
 }

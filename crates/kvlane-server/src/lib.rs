@@ -7,6 +7,7 @@ pub mod doctor;
 mod explain;
 pub mod fleet;
 mod gateway;
+pub mod grpc;
 mod http_server;
 pub mod indexer;
 pub mod ingest;

@@ -12,6 +12,7 @@
 //! any more which of the two an answer rests on.
 
 mod api;
+mod grpc;
 mod listener;
 mod metrics;
 mod partition;
@@ -231,7 +232,8 @@ pub async fn start(config: IndexerConfig, shutdown: CancellationToken) -> Result
     tracing::info!(%address, workers = config.registrations.len(), scheme = config.scheme.name(), "indexer listening");
     let limits = Limits { connections: config.max_connections, ..Limits::default() };
     let selector = Arc::new(Selector::new(config.policy, RandomState::new().hash_one(0)));
-    let router = api::router(Arc::clone(&registry), Arc::clone(&selector), config.api);
+    let beside = grpc::router(Arc::clone(&registry), config.api.max_body_bytes).await;
+    let router = api::router(Arc::clone(&registry), Arc::clone(&selector), config.api, beside);
     let running = tokio::spawn(async move {
         let stop = shutdown.clone();
         let keeping = state.map(|dir| {

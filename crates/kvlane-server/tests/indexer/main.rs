@@ -6,6 +6,7 @@ mod bad_input;
 mod client;
 mod decisions;
 mod document;
+mod grpc;
 mod replicas;
 mod routers;
 mod select;

@@ -11,6 +11,7 @@ mod reference;
 mod select;
 mod snapshot;
 
+pub(super) use reference::endpoint;
 pub(crate) use snapshot::Registered;
 
 use super::metrics::{Metrics, measure};
@@ -71,8 +72,13 @@ struct App {
     next_id: AtomicU64,
 }
 
-/// The service's routes.
-pub(super) fn router(registry: Arc<Registry>, selector: Arc<Selector>, config: ApiConfig) -> Router {
+/// The service's routes; `beside` are those of other protocols, measured alike.
+pub(super) fn router(
+    registry: Arc<Registry>,
+    selector: Arc<Selector>,
+    config: ApiConfig,
+    beside: Router,
+) -> Router {
     let app = Arc::new(App {
         registry,
         selector,
@@ -114,8 +120,9 @@ pub(super) fn router(registry: Arc<Registry>, selector: Arc<Selector>, config: A
     router
         .fallback(body::no_such_path)
         .method_not_allowed_fallback(body::no_such_method)
-        .layer(from_fn_with_state(Arc::clone(&app), measure_all))
-        .with_state(app)
+        .with_state(Arc::clone(&app))
+        .merge(beside)
+        .layer(from_fn_with_state(app, measure_all))
 }
 
 async fn measure_all(

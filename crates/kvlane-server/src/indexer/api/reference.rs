@@ -94,8 +94,8 @@ pub(super) async fn register(
     Ok((StatusCode::CREATED, ok()))
 }
 
-/// A TCP endpoint that can be connected to.
-fn endpoint(text: &str) -> Result<Endpoint, String> {
+/// A TCP endpoint that can be connected to; the text of an error is for the client.
+pub(in crate::indexer) fn endpoint(text: &str) -> Result<Endpoint, String> {
     let endpoint: Endpoint = text.parse().map_err(|error: crate::config::EndpointError| error.to_string())?;
     if endpoint.port == 0 || endpoint.is_wildcard() {
         return Err("it names no host and port that can be connected to: write tcp://HOST:PORT".to_owned());
