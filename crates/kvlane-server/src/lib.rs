@@ -12,9 +12,11 @@ mod http_server;
 pub mod indexer;
 pub mod ingest;
 mod metrics;
+mod remote;
 mod select;
 mod serve;
 mod state;
 
 pub use gateway::TokenizerSetting;
+pub use remote::IndexerUrlError;
 pub use serve::{ServeConfig, ServeError, Server, serve};

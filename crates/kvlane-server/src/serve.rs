@@ -2,6 +2,7 @@
 
 use crate::fleet::{self, FleetConfig};
 use crate::gateway::{Gateway, GatewayConfig, TokenizerSetting};
+use crate::remote::{self, IndexerUrlError, RemoteIndex};
 use crate::state::{self, Sources, StateDirError, keep};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -62,6 +63,8 @@ pub struct ServeConfig {
     pub save_every: Duration,
     /// Base URLs of other routers over the same engines; a name may stand for several. With peers, this router gives its own images too.
     pub peers: Vec<String>,
+    /// Base URLs of indexers that are asked who holds what, in this order, instead of hearing the engines' events here; empty = none.
+    pub indexers: Vec<String>,
 }
 
 impl ServeConfig {
@@ -80,6 +83,7 @@ impl ServeConfig {
             state_dir: None,
             save_every: Duration::from_secs(30),
             peers: Vec::new(),
+            indexers: Vec::new(),
         }
     }
 }
@@ -93,6 +97,12 @@ pub enum ServeError {
     /// The state directory cannot be used.
     #[error(transparent)]
     State(#[from] StateDirError),
+    /// An indexer cannot be asked.
+    #[error(transparent)]
+    Indexer(#[from] IndexerUrlError),
+    /// The settings contradict each other; says which one to drop.
+    #[error("{0}")]
+    Settings(&'static str),
 }
 
 /// A running router.
@@ -134,26 +144,49 @@ pub async fn serve(config: ServeConfig, shutdown: CancellationToken) -> Result<S
         state_dir,
         save_every,
         peers,
+        indexers,
     } = config;
+    if !indexers.is_empty() && (state_dir.is_some() || !peers.is_empty()) {
+        return Err(ServeError::Settings(
+            "a router that asks an indexer keeps nothing itself: leave --state-dir and --peer out, and give them to the indexer",
+        ));
+    }
     let listener = bind(listen).map_err(|error| ServeError::Listen(listen, error))?;
     let address = listener.local_addr().map_err(|error| ServeError::Listen(listen, error))?;
 
     // The fleet and the gateway outlive the shutdown's beginning: running requests need them.
     let stop = CancellationToken::new();
     fleet_config.cache_aware = policy.needs_cache_knowledge();
+    let remote = if indexers.is_empty() || !fleet_config.cache_aware {
+        None
+    } else {
+        Some(Arc::new(RemoteIndex::new(&indexers)?))
+    };
+    fleet_config.remote = remote.is_some();
     let (state, saved) = state::open(state_dir.as_deref()).await?;
     let replicated = !peers.is_empty();
     if state.is_some() || replicated {
         fleet_config.sources = Some(Sources::new(saved, seed(), move || peers.clone()));
     }
     let fleet = fleet::start(&fleet_config, &stop);
+    if let Some(remote) = &remote {
+        tokio::spawn(remote::follow(Arc::clone(remote), fleet.clone(), stop.clone()));
+    }
     // Saved for the last time before the streams end.
     let save = CancellationToken::new();
     let keeping = state.map(|dir| tokio::spawn(keep(dir, fleet.clone(), save_every, save.clone())));
     let queue =
         queue.or_else(|| policy.holds_back().then(QueueLimits::default)).filter(|q| q.max_requests > 0);
-    let gateway_config =
-        GatewayConfig { policy, queue, tokenizer, max_body_bytes, allow_admin, replicated, seed: seed() };
+    let gateway_config = GatewayConfig {
+        policy,
+        queue,
+        tokenizer,
+        max_body_bytes,
+        allow_admin,
+        replicated,
+        remote,
+        seed: seed(),
+    };
     let gateway = Gateway::start(fleet.clone(), gateway_config, &stop);
     tracing::info!(%address, workers = fleet_config.workers.len(), "listening");
 

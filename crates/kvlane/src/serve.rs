@@ -75,6 +75,11 @@ pub(crate) struct Args {
     #[arg(long = "peer", value_name = "URL")]
     peers: Vec<String>,
 
+    /// Base URL of a `kvlane indexer` that is asked who holds what, instead of hearing the engines here; a second one, after a comma, is asked
+    /// where the first is slow or fails. Without any answer requests are routed by load.
+    #[arg(long = "indexer", value_name = "URL", value_delimiter = ',', conflicts_with_all = ["state_dir", "peers"])]
+    indexers: Vec<String>,
+
     /// Seconds that running requests get to end after SIGTERM.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     drain: u64,
@@ -106,6 +111,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
         state_dir,
         save_every,
         peers,
+        indexers,
     } = args;
     let policy: Box<dyn Policy> = policy.parse().context("--policy")?;
     let by_default = if policy.holds_back() { QueueLimits::default().max_requests } else { 0 };
@@ -140,6 +146,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
         state_dir,
         save_every: Duration::from_secs(save_every),
         peers,
+        indexers,
         ..ServeConfig::new(listen, FleetConfig::new(workers))
     };
     let shutdown = CancellationToken::new();

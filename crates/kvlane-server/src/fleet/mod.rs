@@ -38,6 +38,8 @@ pub struct FleetConfig {
     pub workers: Vec<WorkerSpec>,
     /// Whether cache knowledge is wanted at all: without it there is no index and no subscription.
     pub cache_aware: bool,
+    /// Whether another process hears the events: none is followed here, and [`Fleet::heard_elsewhere`] tells how far they are known.
+    pub(crate) remote: bool,
     /// Time between two health probes of an instance.
     pub probe_interval: Duration,
     /// Time after which an unanswered probe has failed.
@@ -54,6 +56,7 @@ impl FleetConfig {
         Self {
             workers,
             cache_aware: true,
+            remote: false,
             probe_interval: Duration::from_secs(2),
             probe_timeout: Duration::from_secs(2),
             failures_to_dead: 3,
@@ -98,6 +101,11 @@ impl Fleet {
         if let Some(signs) = self.shared.signs(worker.instance) {
             signs.distrusted.send_modify(|ranks| *ranks.entry(worker.rank).or_default() += 1);
         }
+    }
+
+    /// How far another process knows this rank's cache, where its events are heard there.
+    pub(crate) fn heard_elsewhere(&self, worker: Worker, trust: Trust) {
+        self.shared.trust(worker, trust);
     }
 
     /// The counters of one rank; `None` if it never had a publisher.

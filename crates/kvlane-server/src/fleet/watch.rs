@@ -118,7 +118,8 @@ impl Watch {
         let process_start = watch::Sender::new(started_at_s(&facts));
         let mut publishers = JoinSet::new();
         let mut relearn = Vec::new();
-        for publisher in &facts.publishers {
+        let here = !self.config.remote;
+        for publisher in facts.publishers.iter().filter(|_| here) {
             let worker = Worker { instance: self.id, rank: publisher.rank };
             let again = watch::Sender::new(0);
             // One question at a time is enough: whoever asks waits for the answer.
@@ -152,7 +153,7 @@ impl Watch {
             publishers
                 .spawn(follow(following, Reporter(Arc::clone(&self.shared), Arc::clone(&self.changed))));
         }
-        if facts.drains {
+        if facts.drains && here {
             let again = watch::Sender::new(0);
             let draining = Draining {
                 instance: self.id,
@@ -219,7 +220,11 @@ impl Watch {
         let rank = |rank| Rank {
             worker: Worker { instance: self.id, rank },
             trust: match facts.publishers.iter().find(|p| p.rank == rank) {
+                Some(_) if self.config.remote => Trust::Blind("no indexer was asked about it yet".to_owned()),
                 Some(publisher) => Trust::Blind(format!("connecting to {}", publisher.events)),
+                None if facts.drains && self.config.remote => {
+                    Trust::Blind("its events are fetched over HTTP, which no indexer does".to_owned())
+                }
                 None if facts.drains => Trust::Blind("its events were not fetched yet".to_owned()),
                 None => blind(),
             },

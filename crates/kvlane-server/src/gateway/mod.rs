@@ -43,6 +43,7 @@ use crate::explain::Ring;
 use crate::fleet::Fleet;
 use crate::ingest::Learner;
 use crate::metrics::Metrics;
+use crate::remote::RemoteIndex;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use hyper::Request;
@@ -93,6 +94,8 @@ pub(crate) struct GatewayConfig {
     pub allow_admin: bool,
     /// Whether other routers may ask for images.
     pub replicated: bool,
+    /// Who knows what the workers hold; `None` = the fleet's own indexes do.
+    pub remote: Option<Arc<RemoteIndex>>,
     /// Seeds ids and draws.
     pub seed: u64,
 }
@@ -115,6 +118,7 @@ pub(crate) struct Gateway {
     max_body_bytes: u64,
     allow_admin: bool,
     replicated: bool,
+    remote: Option<Arc<RemoteIndex>>,
     draining: AtomicBool,
 }
 
@@ -122,7 +126,7 @@ impl Gateway {
     /// A gateway over `fleet`, with its background tasks, which end with `stop`.
     pub(crate) fn start(fleet: Fleet, config: GatewayConfig, stop: &CancellationToken) -> Arc<Self> {
         let metrics = Arc::new(Metrics::new());
-        let GatewayConfig { policy, queue, tokenizer, max_body_bytes, allow_admin, replicated, seed } =
+        let GatewayConfig { policy, queue, tokenizer, max_body_bytes, allow_admin, replicated, remote, seed } =
             config;
         let prompts = Arc::new(Prompts::new(tokenizer));
         let table = Arc::new(ArcSwap::from_pointee(Table::new(&fleet, &Table::default(), &metrics)));
@@ -148,6 +152,7 @@ impl Gateway {
             max_body_bytes,
             allow_admin,
             replicated,
+            remote,
             draining: AtomicBool::new(false),
         });
         let (following, keeping) = (Arc::clone(&gateway), Arc::clone(&gateway));

@@ -9,8 +9,9 @@ use super::{Gateway, PromptBlocks, Table, Upstream};
 use crate::audit::{Evidence, Prediction};
 use crate::explain::{Course, Id, Record, Tokens};
 use crate::fleet::{Facts, Instance, Partition, Trust};
+use crate::remote::{RemoteIndex, merge};
 use hyper::header::HeaderMap;
-use kvlane_index::hash::Namespace;
+use kvlane_index::hash::{Namespace, Scheme};
 use kvlane_index::{BlockHash, Overlap, Overlaps, Worker};
 use kvlane_prompt::{Endpoint, RequestFields};
 use kvlane_sched::{Candidate, Decision, OverlapTokens, Pin, Reject, Request, RequestId, Wishes};
@@ -58,6 +59,8 @@ pub(crate) struct Plan {
     candidates: Vec<Offer>,
     /// The prompt's blocks, in each partition that one of the candidates lives in.
     found: Vec<PromptBlocks>,
+    /// What an indexer said of them, where one is asked.
+    confirmed: Vec<(Arc<Partition>, Vec<Overlap>)>,
     tokens: Tokens,
     /// Tokens of all its prompts.
     prompt_tokens: Option<u32>,
@@ -79,6 +82,9 @@ pub(crate) struct Plan {
     /// Which of those that wait it comes after.
     pub turn: Turn,
 }
+
+/// What is known of the prompt in each partition, in the order of [`Plan::found`].
+type LookedUp = Vec<(Arc<Partition>, Overlaps)>;
 
 /// A worker that might serve the request.
 #[derive(Debug)]
@@ -124,6 +130,7 @@ impl Gateway {
             longest_prompt,
             candidates: Vec::new(),
             found: Vec::new(),
+            confirmed: Vec::new(),
             tokens: tokenized.from,
             prompt_tokens,
             prompt_bytes: ask.body_bytes as u64,
@@ -151,13 +158,17 @@ impl Gateway {
             waited: Duration::ZERO,
             turn: Turn::of(ask.headers)?,
         };
-        plan.offer(&serving, &self.known_blocks);
+        let looked_up = plan.look_up(&serving, self);
+        if let Some(remote) = &self.remote {
+            plan.ask(remote, &looked_up).await;
+        }
+        plan.offer(&serving, looked_up);
         plan.routing = ask.arrived.elapsed();
         self.metrics.routing.observe(plan.routing);
         Ok(plan)
     }
 
-    /// Offers the workers of now, with what they hold now: for a request that waited.
+    /// Offers the workers of now, with what they hold now: for a request that waited. What an indexer said stays as it was.
     pub(super) fn renew(&self, plan: &mut Plan) -> Result<(), ClientError> {
         let table = self.table.load_full();
         let fields = plan.fields.clone();
@@ -167,7 +178,8 @@ impl Gateway {
         plan.candidates.clear();
         plan.found.clear();
         plan.ledger_ids.clear();
-        plan.offer(&serving, &self.known_blocks);
+        let looked_up = plan.look_up(&serving, self);
+        plan.offer(&serving, looked_up);
         Ok(())
     }
 
@@ -340,31 +352,57 @@ fn predict(plan: &Plan, offer: &Offer) {
 }
 
 impl Plan {
-    /// Offers every rank of `serving`, with what it holds of the prompt.
-    fn offer(&mut self, serving: &[Arc<Instance>], known_blocks: &KnownBlocks) {
-        let table = Arc::clone(&self.table);
+    /// Finds the prompt's blocks in every partition that one of `serving` lives in, and what is known of them here.
+    fn look_up(&mut self, serving: &[Arc<Instance>], gateway: &Gateway) -> LookedUp {
         let (fields, prompt) = (self.fields.clone(), self.prompt.clone());
-        let fields = fields.as_ref();
-        let skips_cache = fields.is_some_and(|f| f.skips_cache);
-        let mut looked_up: Vec<(&Arc<Partition>, Overlaps)> = Vec::new();
+        let scheme = gateway.remote.as_ref().map_or_else(Scheme::default, |remote| remote.scheme());
+        let mut looked_up = LookedUp::new();
+        for instance in serving {
+            let Some(partition) = instance.partition.as_ref().filter(|_| !prompt.tokens.is_empty()) else {
+                continue;
+            };
+            if looked_up.iter().any(|(known, _)| Arc::ptr_eq(known, partition)) {
+                continue;
+            }
+            let (fields, known) = (fields.as_ref(), &gateway.known_blocks);
+            let Some(blocks) = prompt_blocks(partition, instance, fields, &prompt, scheme, known) else {
+                continue;
+            };
+            let mut overlaps = Overlaps::default();
+            blocks.index.overlap(&blocks.hashes, &mut overlaps);
+            if self.ledger_ids.is_empty() {
+                self.ledger_id_tokens = ledger_ids(&blocks.hashes, blocks.block_size, &mut self.ledger_ids);
+            }
+            self.found.push(blocks);
+            looked_up.push((Arc::clone(partition), overlaps));
+        }
+        looked_up
+    }
+
+    /// Asks indexers who holds the blocks of [`Plan::found`].
+    async fn ask(&mut self, remote: &RemoteIndex, looked_up: &LookedUp) {
+        for ((partition, _), blocks) in looked_up.iter().zip(&self.found) {
+            match remote.overlap(&partition.model, blocks.block_size, &blocks.hashes).await {
+                Some(confirmed) => self.confirmed.push((Arc::clone(partition), confirmed)),
+                None => self.unaudited = self.unaudited.or(Some("no-indexer-answered")),
+            }
+        }
+    }
+
+    /// Offers every rank of `serving`, with what it holds of the prompt.
+    fn offer(&mut self, serving: &[Arc<Instance>], mut looked_up: LookedUp) {
+        let table = Arc::clone(&self.table);
+        let skips_cache = self.fields.as_ref().is_some_and(|f| f.skips_cache);
+        for (partition, overlaps) in &mut looked_up {
+            let confirmed = self.confirmed.iter().find(|(asked, _)| Arc::ptr_eq(asked, partition));
+            confirmed.iter().for_each(|(_, confirmed)| merge(confirmed, overlaps));
+        }
         for instance in serving {
             let Some(upstream) = table.position(instance.id) else { continue };
-            let partition = instance.partition.as_ref().filter(|_| !prompt.tokens.is_empty());
-            let found = partition.and_then(|partition| {
-                let known = looked_up.iter().position(|(p, _)| Arc::ptr_eq(p, partition));
-                known.or_else(|| {
-                    let blocks = prompt_blocks(partition, instance, fields, &prompt, known_blocks)?;
-                    let mut overlaps = Overlaps::default();
-                    blocks.index.overlap(&blocks.hashes, &mut overlaps);
-                    if self.ledger_ids.is_empty() {
-                        self.ledger_id_tokens =
-                            ledger_ids(&blocks.hashes, blocks.block_size, &mut self.ledger_ids);
-                    }
-                    self.found.push(blocks);
-                    looked_up.push((partition, overlaps));
-                    Some(looked_up.len() - 1)
-                })
-            });
+            let found = instance
+                .partition
+                .as_ref()
+                .and_then(|partition| looked_up.iter().position(|(known, _)| Arc::ptr_eq(known, partition)));
             for (rank, facts) in instance.ranks.iter().zip(&table.upstreams()[upstream].ranks) {
                 self.candidates.push(Offer {
                     upstream,
@@ -540,12 +578,13 @@ fn prompt_blocks(
     instance: &Instance,
     fields: Option<&Arc<RequestFields>>,
     prompt: &Known,
+    scheme: Scheme,
     known_blocks: &KnownBlocks,
 ) -> Option<PromptBlocks> {
     let fields = fields?;
     let adapter =
         fields.model.as_deref().filter(|name| instance.model(name).is_some_and(|m| m.parent.is_some()));
-    let namespace = Namespace { adapter, salt: fields.cache_salt.as_deref(), ..Namespace::default() };
+    let namespace = Namespace { adapter, salt: fields.cache_salt.as_deref(), scheme };
     let Known { tokens, prefixes, known_tokens } = prompt;
     let hashes = known_blocks.hashes(tokens, prefixes, *known_tokens, partition.block_size, &namespace);
     Some(PromptBlocks {

@@ -203,7 +203,11 @@ impl Gateway {
                 workers.push(row);
             }
         }
-        json(StatusCode::OK, &json!({ "workers": workers }))
+        let mut all = json!({ "workers": workers });
+        if let Some(remote) = &self.remote {
+            all["indexers"] = remote.json();
+        }
+        json(StatusCode::OK, &all)
     }
 
     /// `GET /kvlane/explain/{id}`.

@@ -121,6 +121,7 @@ impl Upstream {
             .map(|rank| {
                 let number = rank.worker.rank;
                 let name = if several { format!("{name}/{number}") } else { name.clone() };
+                let counters = fleet.counters(rank.worker);
                 RankFacts {
                     worker: rank.worker,
                     name_header: HeaderValue::from_str(&name)
@@ -128,8 +129,9 @@ impl Upstream {
                     name,
                     rank_header: several.then(|| HeaderValue::from(number)),
                     trust: believed(&rank.trust),
-                    complete: rank.trust == Trust::Live,
-                    counters: fleet.counters(rank.worker),
+                    // What another process hears proves nothing about what happened here in the meantime.
+                    complete: rank.trust == Trust::Live && counters.is_some(),
+                    counters,
                 }
             })
             .collect();

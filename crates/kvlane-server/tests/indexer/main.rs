@@ -7,6 +7,7 @@ mod client;
 mod decisions;
 mod document;
 mod grpc;
+mod remote;
 mod replicas;
 mod routers;
 mod select;

@@ -10,14 +10,15 @@ use std::net::SocketAddr;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
-struct Router {
-    at: SocketAddr,
+/// A running router.
+pub struct Router {
+    pub at: SocketAddr,
     server: Server,
     shutdown: CancellationToken,
 }
 
 impl Router {
-    async fn start(engine: &str, change: impl FnOnce(&mut ServeConfig)) -> Self {
+    pub async fn start(engine: &str, change: impl FnOnce(&mut ServeConfig)) -> Self {
         let mut fleet = FleetConfig::new(vec![engine.parse().unwrap()]);
         fleet.probe_interval = Duration::from_millis(100);
         let mut config = ServeConfig::new("127.0.0.1:0".parse().unwrap(), fleet);
@@ -28,7 +29,7 @@ impl Router {
     }
 
     /// Waits until a prompt that begins with the `n`-th one is predicted to have so many tokens cached.
-    async fn until_cached(&self, n: u32, tokens: u64) {
+    pub async fn until_cached(&self, n: u32, tokens: u64) {
         let longer = [prompt(n), vec![1; 8]].concat();
         let body = json!({"model": "m", "prompt": longer, "max_tokens": 1});
         let mut last = String::new();
@@ -43,7 +44,7 @@ impl Router {
         panic!("never {tokens} tokens of prompt {n}: {last}");
     }
 
-    async fn stop(self) {
+    pub async fn stop(self) {
         self.shutdown.cancel();
         tokio::time::timeout(Duration::from_secs(20), self.server.ended()).await.expect("it ends");
     }
