@@ -1,25 +1,10 @@
-//! How long a new replica takes to know what its peer knows, and what questions cost meanwhile and afterwards.
-//!
-//! One process plays all parts over loopback sockets: engines (PUB and ROUTER) that publish chains until an indexer holds `PAIRS` pairs and then
-//! forget all but their last batch; that indexer; and a second one that is started with the first as its peer. A client asks the first one all
-//! the time over one connection. Printed: the time until the second one is in step with all ranks, whether it then answers alike, and
-//! latencies of `/query_by_hash` before, during and after.
-//!
-//! `cargo bench -p kvlane-server --bench replicas -- [pairs] [ranks]`
-
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::print_stdout,
-    reason = "a bench: what fails ends it, and its result is what it prints"
-)]
+//! Engines that publish chains, and an HTTP client that keeps its connection: what the measurements share.
 
 use kvlane_index::BlockSize;
 use kvlane_index::hash::{Namespace, prompt_hashes};
 use kvlane_server::indexer::{Indexer, IndexerConfig, start};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -28,20 +13,20 @@ use tokio_util::sync::CancellationToken;
 use zeromq::{PubSocket, RouterSocket, Socket, SocketRecv, SocketSend, ZmqMessage};
 
 /// Tokens in a block.
-const BLOCK: usize = 4;
+pub const BLOCK: usize = 4;
 /// Blocks of a chain, which is one event.
-const CHAIN: usize = 512;
+pub const CHAIN: usize = 512;
 /// Batches sent before others get a turn: a publisher drops what a slow subscriber has no room for, which a replay then repairs.
 const BURST: usize = 16;
 
 type Retained = Arc<Mutex<Vec<(u64, Arc<Vec<u8>>)>>>;
 
 /// One rank's publisher.
-struct Engine {
+pub struct Engine {
     ports: (u16, u16),
     retained: Retained,
-    chains: usize,
-    rank: usize,
+    pub chains: usize,
+    pub rank: usize,
 }
 
 fn port(endpoint: zeromq::Endpoint) -> u16 {
@@ -91,7 +76,7 @@ fn batch(rank: usize, chain: usize, chains: usize) -> Vec<u8> {
 }
 
 impl Engine {
-    async fn start(rank: usize, chains: usize) -> Self {
+    pub async fn start(rank: usize, chains: usize) -> Self {
         let mut publisher = PubSocket::new();
         let events = port(publisher.bind("tcp://127.0.0.1:0").await.unwrap());
         let mut router = RouterSocket::new();
@@ -138,7 +123,7 @@ impl Engine {
         Self { ports: (events, replay), retained, chains, rank }
     }
 
-    fn registration(&self) -> Value {
+    pub fn registration(&self) -> Value {
         json!({
             "instance_id": self.rank, "model_name": "m", "block_size": BLOCK,
             "endpoint": format!("tcp://127.0.0.1:{}", self.ports.0),
@@ -147,7 +132,7 @@ impl Engine {
     }
 
     /// All but the last batch.
-    fn forget(&self) {
+    pub fn forget(&self) {
         let mut retained = self.retained.lock().unwrap();
         let from = retained.len() - 1;
         retained.drain(..from);
@@ -155,16 +140,16 @@ impl Engine {
 }
 
 /// One kept-alive connection.
-struct Client(BufReader<TcpStream>);
+pub struct Client(BufReader<TcpStream>);
 
 impl Client {
-    async fn connect(to: SocketAddr) -> Self {
+    pub async fn connect(to: SocketAddr) -> Self {
         let stream = TcpStream::connect(to).await.unwrap();
         stream.set_nodelay(true).unwrap();
         Self(BufReader::new(stream))
     }
 
-    async fn ask(&mut self, method: &str, path: &str, body: &str) -> String {
+    pub async fn ask(&mut self, method: &str, path: &str, body: &str) -> String {
         let request =
             format!("{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len());
         self.0.get_mut().write_all(request.as_bytes()).await.unwrap();
@@ -184,25 +169,30 @@ impl Client {
         String::from_utf8(body).unwrap()
     }
 
-    async fn pairs(&mut self) -> u64 {
+    pub async fn pairs(&mut self) -> u64 {
         let text = self.ask("GET", "/metrics", "").await;
         let line = text.lines().find(|line| line.starts_with("kvlane_indexer_pairs{"));
         line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0)
     }
 }
 
-/// A question that each rank's chain answers alike, and the answer.
-fn question(engine: &Engine, chain: usize) -> (String, String) {
+/// The block hashes of a chain.
+pub fn hashes(engine: &Engine, chain: usize) -> Vec<u64> {
     let mut hashes = Vec::new();
     let size = BlockSize::new(BLOCK as u32).unwrap();
     prompt_hashes(&tokens(engine.rank, chain, engine.chains), size, &Namespace::default(), &mut hashes);
-    let hashes: Vec<i64> = hashes.iter().map(|h| h.0.cast_signed()).collect();
+    hashes.iter().map(|hash| hash.0).collect()
+}
+
+/// A question that each rank's chain answers alike, and the answer.
+pub fn question(engine: &Engine, chain: usize) -> (String, String) {
+    let hashes: Vec<i64> = hashes(engine, chain).iter().map(|h| h.cast_signed()).collect();
     let expected = format!("{{\"scores\":{{\"{}\":{{\"0\":{}}}}}", engine.rank, CHAIN * BLOCK);
     (json!({"block_hashes": hashes, "model_name": "m"}).to_string(), expected)
 }
 
 /// Median and 99th percentile of what was measured, in microseconds.
-fn summary(mut us: Vec<u64>) -> String {
+pub fn summary(mut us: Vec<u64>) -> String {
     us.sort_unstable();
     match us.len() {
         0 => "no questions".to_owned(),
@@ -210,84 +200,17 @@ fn summary(mut us: Vec<u64>) -> String {
     }
 }
 
-async fn begin(peers: Vec<String>) -> (Indexer, CancellationToken) {
+pub async fn begin(peers: Vec<String>) -> (Indexer, CancellationToken) {
     let mut config = IndexerConfig::new("127.0.0.1:0".parse().unwrap());
     config.peers = peers;
     let stop = CancellationToken::new();
     (start(config, stop.clone()).await.unwrap(), stop)
 }
 
-async fn until_pairs(client: &mut Client, pairs: u64) {
+pub async fn until_pairs(client: &mut Client, pairs: u64) {
     let began = Instant::now();
     while client.pairs().await < pairs {
         assert!(began.elapsed() < Duration::from_secs(600), "it never holds {pairs} pairs");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-}
-
-#[tokio::main]
-async fn main() {
-    let arguments: Vec<usize> = std::env::args().skip(1).filter_map(|arg| arg.parse().ok()).collect();
-    let pairs = arguments.first().copied().unwrap_or(1_000_000);
-    let ranks = arguments.get(1).copied().unwrap_or(16);
-    let chains = pairs / ranks / CHAIN;
-    let all = (chains * ranks * CHAIN) as u64;
-
-    let (old, stop_old) = begin(Vec::new()).await;
-    let mut client = Client::connect(old.address()).await;
-    let mut engines = Vec::new();
-    let began = Instant::now();
-    for rank in 0..ranks {
-        let engine = Engine::start(rank, chains).await;
-        client.ask("POST", "/register", &engine.registration().to_string()).await;
-        engines.push(engine);
-    }
-    until_pairs(&mut client, all).await;
-    println!("{all} pairs of {ranks} ranks heard in {:.1} s", began.elapsed().as_secs_f64());
-    engines.iter().for_each(Engine::forget);
-
-    let mut alone = Vec::new();
-    for i in 0..2_000 {
-        let (body, expected) = question(&engines[i % ranks], i * 7 % chains);
-        let asked = Instant::now();
-        let answer = client.ask("POST", "/query_by_hash", &body).await;
-        alone.push(asked.elapsed().as_micros() as u64);
-        assert!(answer.starts_with(&expected), "{answer}");
-    }
-    println!("one client, {CHAIN} blocks, quiet: {}", summary(alone));
-
-    let questions: Vec<(String, String)> =
-        (0..256).map(|i| question(&engines[i % ranks], i * 31 % chains)).collect();
-    let done = Arc::new(AtomicBool::new(false));
-    let (until, address, asked) = (Arc::clone(&done), old.address(), questions.clone());
-    let asking = tokio::spawn(async move {
-        let mut client = Client::connect(address).await;
-        let mut us = Vec::new();
-        while !until.load(Ordering::Relaxed) {
-            let (body, expected) = &asked[us.len() % asked.len()];
-            let asked = Instant::now();
-            let answer = client.ask("POST", "/query_by_hash", body).await;
-            us.push(asked.elapsed().as_micros() as u64);
-            assert!(answer.starts_with(expected), "{answer}");
-        }
-        us
-    });
-    let began = Instant::now();
-    let (new, stop_new) = begin(vec![format!("http://{}", old.address())]).await;
-    let mut fresh = Client::connect(new.address()).await;
-    until_pairs(&mut fresh, all).await;
-    let took = began.elapsed();
-    done.store(true, Ordering::Relaxed);
-    println!("a new replica holds all {all} pairs after {:.2} s", took.as_secs_f64());
-    println!("the peer answers meanwhile: {}", summary(asking.await.unwrap()));
-    for (body, expected) in &questions {
-        let answer = fresh.ask("POST", "/query_by_hash", body).await;
-        assert!(answer.starts_with(expected), "{answer}");
-    }
-    println!("and the replica answers {} questions alike", questions.len());
-    drop((client, fresh));
-    stop_new.cancel();
-    stop_old.cancel();
-    new.ended().await;
-    old.ended().await;
 }
