@@ -78,6 +78,6 @@ pub use event::{BlockHash, EngineHash, Group, GroupId, GroupKind, KvEvent, Store
 pub use hash::BlockSize;
 pub use ids::{InstanceId, Worker};
 pub use overlaps::{DepthGroup, DepthGroups, Overlap, Overlaps};
-pub use partition::{HashedPrompt, Index, IndexWriter, partition};
+pub use partition::{HashedPrompt, Index, IndexWriter, Replacement, partition};
 pub use reference::MAX_COPIES;
 pub use tier::Tier;

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::hash::{Namespace, prompt_hashes_in_stretches};
-use crate::tree::{Shared, Tree};
+use crate::tree::{Plan, Shared, Tree};
 use crate::{
     Applied, BlockHash, BlockSize, DepthGroups, Held, IndexConfig, IndexStats, InstanceId, KvEvent, Overlaps,
     Tier, Worker,
@@ -32,7 +32,8 @@ pub fn partition(config: IndexConfig) -> (IndexWriter, Index) {
     let tree = Tree::new(&config);
     let shared = Arc::clone(tree.shared());
     let tree = Arc::new(Mutex::new(tree));
-    (IndexWriter { tree: Arc::clone(&tree) }, Index { shared, tree, block_size: config.block_size })
+    let index = Index { shared, tree: Arc::clone(&tree), block_size: config.block_size };
+    (IndexWriter { tree, config }, index)
 }
 
 /// The hashes of one prompt: of its blocks, for anybody, and of its prefixes, for partitions with the same key.
@@ -57,6 +58,32 @@ impl HashedPrompt {
 #[derive(Debug)]
 pub struct IndexWriter {
     tree: Arc<Mutex<Tree>>,
+    config: IndexConfig,
+}
+
+/// A rank's content being exchanged for a dump's; made by [`IndexWriter::replace`].
+#[derive(Debug)]
+#[must_use = "nothing changes before the first part is done"]
+pub struct Replacement(Plan);
+
+impl Replacement {
+    /// Does the next part, and says what changed; `None` when all is done. A part ends with the run in which `blocks` blocks were looked
+    /// at (see [`PART`](Self::PART)).
+    pub fn part(&mut self, writer: &mut IndexWriter, blocks: u32) -> Option<Applied> {
+        lock(&writer.tree).replace_part(&mut self.0, blocks)
+    }
+
+    /// Blocks of a part that holds up nobody for long: about a millisecond.
+    pub const PART: u32 = 4096;
+
+    /// Does all that is left at once.
+    pub fn finish(mut self, writer: &mut IndexWriter) -> Applied {
+        let mut applied = Applied::default();
+        while let Some(part) = self.part(writer, u32::MAX) {
+            applied += part;
+        }
+        applied
+    }
 }
 
 /// Answers questions about a partition; cheap to clone and to share.
@@ -80,6 +107,18 @@ impl IndexWriter {
     /// Applies one event of `worker`; never fails: what it could not do, it counts.
     pub fn apply(&mut self, worker: Worker, event: &KvEvent) -> Applied {
         lock(&self.tree).apply(worker, event)
+    }
+
+    /// Begins to make `worker` hold what `dump` says (events of [`Index::dump`], of this or another partition), instead of what it holds.
+    ///
+    /// Nothing changes before the first [`part`](Replacement::part). Between parts the events of other workers may be applied, and none of
+    /// this worker: those wait until the last part is done. Readers see, of each prompt, a part of the old content until all is
+    /// removed that the dump does not have, and then a part of the new one: never more than one of them says. What both have stays in
+    /// sight throughout. Predictions of the worker stay; orphans go.
+    ///
+    /// This call takes time and memory in proportion to the dump, and holds up nobody.
+    pub fn replace(&self, worker: Worker, dump: &[KvEvent]) -> Replacement {
+        Replacement(Plan::new(&self.config, worker, dump))
     }
 
     /// Forgets everything about one rank.
@@ -162,9 +201,13 @@ impl Index {
         lock(&self.tree).predict(worker, blocks, until_ms);
     }
 
-    /// Drops the predictions with `until_ms <= now_ms`.
-    pub fn expire(&self, now_ms: u64) {
-        lock(&self.tree).expire(now_ms);
+    /// Drops the predictions with `until_ms <= now_ms`, and the orphans that have waited for
+    /// [`max_orphan_age_ms`](IndexConfig::max_orphan_age_ms); how many (tier, group, engine hash) pairs of orphans those were.
+    ///
+    /// Time is the caller's: any clock that does not go back. Call it every second or so; the cost is that of what is due, and a look at
+    /// each orphan.
+    pub fn expire(&self, now_ms: u64) -> u64 {
+        lock(&self.tree).expire(now_ms)
     }
 
     /// Drops the predictions of one rank.

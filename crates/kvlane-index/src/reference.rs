@@ -21,7 +21,8 @@
 //!
 //! *Orphans.* A chain whose parent is not held is anchored in the parent's engine hash. It is kept, removable, and a
 //! parent for others (whose paths go through it), but in no overlap. When the rank stores the anchor, everything anchored in
-//! it moves below its place. An anchor whose own place would be below itself links nothing.
+//! it moves below its place. An anchor whose own place would be below itself links nothing. An orphan that is not stored again is dropped
+//! by the first `expire` that comes `max_orphan_age_ms` after the first one that saw it.
 //!
 //! *Known by name only.* [`KvEvent::StoredByHash`] gives a held engine hash a copy at its place. One that is not held is
 //! anchored in itself, and takes the place of the next `stored` that names it.
@@ -91,6 +92,8 @@ impl Place {
 struct Name {
     place: Place,
     copies: BTreeMap<Class, u8>,
+    /// As an orphan: the time of the first `expire` after it was stored last.
+    since_ms: Option<u64>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -108,7 +111,7 @@ impl Rank {
     }
 
     fn count(&mut self, name: EngineHash, up: bool) {
-        let Some(Name { place, copies }) = self.names.get(&name) else { return };
+        let Some(Name { place, copies, .. }) = self.names.get(&name) else { return };
         if place.anchor.is_some() {
             return;
         }
@@ -134,7 +137,8 @@ impl Rank {
     fn add(&mut self, name: EngineHash, place: Place, class: Class, applied: &mut Applied) {
         let orphan = place.anchor.is_some();
         self.count(name, false);
-        let entry = self.names.entry(name).or_insert(Name { place, copies: BTreeMap::new() });
+        let entry = self.names.entry(name).or_insert(Name { place, copies: BTreeMap::new(), since_ms: None });
+        entry.since_ms = None;
         let copies = entry.copies.entry(class).or_default();
         match *copies {
             0 => applied.stored += 1,
@@ -359,13 +363,18 @@ impl Places for PathPlaces<'_> {
 #[derive(Clone, Debug)]
 pub struct Oracle {
     block_tokens: u32,
+    max_orphan_age_ms: u64,
     ranks: BTreeMap<Worker, Rank>,
 }
 
 impl Oracle {
-    /// An empty oracle; bounds and budgets of `config` are ignored.
+    /// An empty oracle; bounds and budgets of `config` are ignored, but for the age of orphans.
     pub fn new(config: &IndexConfig) -> Self {
-        Self { block_tokens: config.block_size.tokens(), ranks: BTreeMap::new() }
+        Self {
+            block_tokens: config.block_size.tokens(),
+            max_orphan_age_ms: config.max_orphan_age_ms,
+            ranks: BTreeMap::new(),
+        }
     }
 
     /// Applies one event of `worker`.
@@ -434,10 +443,34 @@ impl Oracle {
         }
     }
 
-    /// Drops the predictions with `until_ms <= now_ms`.
-    pub fn expire(&mut self, now_ms: u64) {
+    /// Drops the predictions with `until_ms <= now_ms`, and the orphans that have waited too long; how many pairs of (tier, group) and
+    /// engine hash those were.
+    pub fn expire(&mut self, now_ms: u64) -> u64 {
+        let mut dropped = 0;
         for rank in self.ranks.values_mut() {
             rank.predicted.retain(|_, until| *until > now_ms);
+            rank.names.retain(|_, name| {
+                if name.place.anchor.is_none() {
+                    return true;
+                }
+                let since_ms = *name.since_ms.get_or_insert(now_ms);
+                let keep = now_ms.saturating_sub(since_ms) < self.max_orphan_age_ms;
+                dropped += if keep { 0 } else { name.copies.len() as u64 };
+                keep
+            });
+        }
+        dropped
+    }
+
+    /// Makes `worker` hold what `dump` says, which is what another one or itself was dumped as: as if it were cleared and given the
+    /// events, but that its predictions stay.
+    pub fn replace(&mut self, worker: Worker, dump: &[KvEvent]) {
+        let predicted = self.ranks.remove(&worker).map(|rank| rank.predicted).unwrap_or_default();
+        for event in dump {
+            let _ = self.apply(worker, event);
+        }
+        if !predicted.is_empty() {
+            self.ranks.entry(worker).or_default().predicted = predicted;
         }
     }
 
@@ -476,7 +509,7 @@ impl Oracle {
     pub fn holdings(&self, worker: Worker) -> Vec<Holding> {
         let rooted = |rank: &Rank| {
             let names = rank.names.iter().filter(|(_, n)| n.place.anchor.is_none());
-            let each = names.flat_map(|(&engine, Name { place, copies })| {
+            let each = names.flat_map(|(&engine, Name { place, copies, .. })| {
                 copies.iter().map(move |(&(tier, group), &copies)| Holding {
                     tier,
                     group,

@@ -11,7 +11,7 @@
 //!
 //! Contents: [`words`] memory for readers; [`shared`] layout and protocol; [`run_table`], [`names`] the two tables;
 //! [`runs`] life of runs; [`cover`] who holds what of a run; [`ranks`] the workers; [`store`], [`remove`],
-//! [`orphans`], [`predict`], [`dump`], [`shed`] the operations; [`lookup`], [`prompt`], [`aside`] the queries.
+//! [`orphans`], [`predict`], [`dump`], [`replace`], [`shed`] the operations; [`lookup`], [`prompt`], [`aside`] the queries.
 
 mod aside;
 mod cover;
@@ -24,6 +24,7 @@ mod prefetch;
 mod prompt;
 mod ranks;
 mod remove;
+mod replace;
 mod run_table;
 mod runs;
 mod shared;
@@ -34,6 +35,7 @@ mod words;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
 
+pub(crate) use replace::Plan;
 pub(crate) use shared::Shared;
 
 use crate::{Applied, BlockHash, GroupId, Held, IndexConfig, IndexStats, InstanceId, KvEvent, Worker};
@@ -65,6 +67,7 @@ pub(crate) struct Tree {
     deadlines: BinaryHeap<std::cmp::Reverse<(u64, u32)>>,
     /// Events and predictions applied: the time by which runs are cold.
     clock: u32,
+    orphans_expired: u64,
     /// Scratch of `store`.
     prefixes: Vec<u64>,
     /// The contents of an event, the homes of names, and blocks with them: scratch as well.
@@ -91,6 +94,7 @@ impl Tree {
             dying: Vec::new(),
             deadlines: BinaryHeap::new(),
             clock: 0,
+            orphans_expired: 0,
             prefixes: Vec::new(),
             contents: Vec::new(),
             homes: Vec::new(),
@@ -163,6 +167,7 @@ impl Tree {
             places: self.live_runs().map(|run| u64::from(self.len(run))).sum(),
             runs: self.live_runs().count() as u64,
             orphans: ranks().map(|r| r.orphans.len() as u64).sum(),
+            orphans_expired: self.orphans_expired,
             predicted: self.predicted_pairs(),
             bytes: self.bytes(),
         }

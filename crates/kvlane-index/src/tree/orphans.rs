@@ -25,6 +25,8 @@ struct Orphan {
     /// This orphan's share of the bytes of `path`.
     bytes: u64,
     held: Vec<(Class, u8)>,
+    /// The time of the first `expire` after it was stored last.
+    since_ms: Option<u64>,
 }
 
 impl Orphan {
@@ -118,6 +120,18 @@ impl Orphans {
         }
     }
 
+    /// Takes those that have waited for `max_age_ms`, and begins to count for those that were stored since the last call; what they held.
+    fn drop_old(&mut self, now_ms: u64, max_age_ms: u64) -> Vec<(Class, u8)> {
+        let mut old = Vec::new();
+        for (name, orphan) in &mut self.names {
+            let since_ms = *orphan.since_ms.get_or_insert(now_ms);
+            if now_ms.saturating_sub(since_ms) >= max_age_ms {
+                old.push(*name);
+            }
+        }
+        old.into_iter().filter_map(|name| self.remove(name)).flat_map(|orphan| orphan.held).collect()
+    }
+
     fn has_room(&self, names: usize, path: usize, max: u32) -> bool {
         let max = u64::from(max);
         (self.names.len() + names) as u64 <= max && self.path_bytes + path as u64 * 8 <= max * PATH_BYTES
@@ -133,6 +147,16 @@ impl Tree {
         for (class, _) in held {
             self.rank_mut(rank).shown(*class).names -= 1;
         }
+    }
+
+    /// Drops a rank's orphans that have waited for `max_age_ms`; how many pairs of (tier, group) and name that were.
+    pub(super) fn drop_orphans(&mut self, rank: u32, now_ms: u64, max_age_ms: u64) -> u32 {
+        if self.rank(rank).orphans.is_empty() {
+            return 0;
+        }
+        let held = self.orphans(rank).drop_old(now_ms, max_age_ms);
+        self.uncount(rank, &held);
+        held.len() as u32
     }
 
     /// Takes an orphan out because its name is stored at a known place.
@@ -156,7 +180,14 @@ impl Tree {
             }
             orphans.insert(
                 name,
-                Orphan { anchor: name, path: Arc::new([]), len: 0, bytes: 0, held: Vec::new() },
+                Orphan {
+                    anchor: name,
+                    path: Arc::new([]),
+                    len: 0,
+                    bytes: 0,
+                    held: Vec::new(),
+                    since_ms: None,
+                },
             );
         }
         self.add_orphan_copy(rank, class, name, applied);
@@ -164,6 +195,7 @@ impl Tree {
 
     fn add_orphan_copy(&mut self, rank: u32, class: Class, name: u64, applied: &mut Applied) {
         let orphan = self.orphans(rank).names.get_mut(&name).expect("the caller put it here");
+        orphan.since_ms = None;
         applied.orphaned += 1;
         match add_copies(&mut orphan.held, class, 1) {
             0 => {
@@ -212,7 +244,8 @@ impl Tree {
             rest = more;
             len += 1;
             let place = &path[..len as usize];
-            let fresh = Orphan { anchor, path: Arc::clone(&path), len, bytes, held: Vec::new() };
+            let fresh =
+                Orphan { anchor, path: Arc::clone(&path), len, bytes, held: Vec::new(), since_ms: None };
             match self.known(rank, name) {
                 Known::At(block) => {
                     applied.rebound += 1;

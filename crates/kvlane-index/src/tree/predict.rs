@@ -90,7 +90,7 @@ impl Tree {
         self.shed_if_due();
     }
 
-    pub(crate) fn expire(&mut self, now_ms: u64) {
+    pub(crate) fn expire(&mut self, now_ms: u64) -> u64 {
         while let Some(Reverse((until_ms, run))) = self.deadlines.peek().copied()
             && until_ms <= now_ms
         {
@@ -98,6 +98,11 @@ impl Tree {
             self.keep_predictions(run, |p| p.until_ms > now_ms);
         }
         self.reap();
+        let max_age_ms = self.config.max_orphan_age_ms;
+        let ranks: Vec<u32> = self.by_worker.values().copied().collect();
+        let old = ranks.into_iter().map(|rank| u64::from(self.drop_orphans(rank, now_ms, max_age_ms))).sum();
+        self.orphans_expired += old;
+        old
     }
 
     pub(crate) fn forget_predictions(&mut self, worker: Worker) {

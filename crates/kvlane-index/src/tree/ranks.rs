@@ -170,16 +170,21 @@ impl Tree {
         Some(index as u32)
     }
 
+    /// The class of a tier and group, new if need be; `None` at the limit.
+    pub(super) fn intern(&mut self, tier: Tier, group: GroupId) -> Option<Class> {
+        match self.class(tier, group) {
+            Some(class) => Some(class),
+            None if self.groups.len() < MAX_GROUPS => {
+                self.groups.push(group);
+                Some(Class::new(tier, self.groups.len() - 1))
+            }
+            None => None,
+        }
+    }
+
     /// Notes that a worker uses a tier and group; `None` at a limit.
     pub(super) fn show(&mut self, worker: Worker, tier: Tier, group: Group) -> Option<(u32, Class)> {
-        let class = match self.class(tier, group.id) {
-            Some(class) => class,
-            None if self.groups.len() < MAX_GROUPS => {
-                self.groups.push(group.id);
-                Class::new(tier, self.groups.len() - 1)
-            }
-            None => return None,
-        };
+        let class = self.intern(tier, group.id)?;
         let rank = self.meet(worker)?;
         let may_add = self.triples < MAX_TRIPLES;
         match self.rank_mut(rank).classes.iter_mut().find(|c| c.class == class) {

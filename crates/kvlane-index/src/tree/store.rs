@@ -120,7 +120,7 @@ impl Tree {
     }
 
     /// The one name under which a rank holds a block.
-    fn only_name(&self, rank: u32, block: u32) -> u64 {
+    pub(super) fn only_name(&self, rank: u32, block: u32) -> u64 {
         let state = self.rank(rank);
         if !state.is_aliased(block) {
             return self.engines.get(block);
@@ -132,7 +132,7 @@ impl Tree {
     }
 
     /// Copies of the one name that a rank has for a block.
-    fn copies(&self, rank: u32, class: Class, run: u32, at: u32, block: u32) -> u8 {
+    pub(super) fn copies(&self, rank: u32, class: Class, run: u32, at: u32, block: u32) -> u8 {
         if !self.holds(run, at, rank, class) {
             return 0;
         }

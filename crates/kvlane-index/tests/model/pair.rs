@@ -6,7 +6,7 @@ use std::fmt::Debug;
 use kvlane_index::reference::{Holding, Oracle};
 use kvlane_index::{
     Applied, BlockHash, BlockSize, DepthGroups, HashedPrompt, Index, IndexConfig, IndexWriter, InstanceId,
-    KvEvent, Overlaps, Tier, Worker, partition, snapshot,
+    KvEvent, Overlap, Overlaps, Replacement, Tier, Worker, partition, snapshot,
 };
 
 use super::op::Op;
@@ -20,6 +20,10 @@ pub struct Pair {
     pub oracle: Oracle,
     /// What `Op::Save` kept, as either dumped it.
     saved: HashMap<Worker, [Vec<KvEvent>; 2]>,
+    /// Blocks of a part where replacements go on among the operations of other workers; `None`: they are done at once.
+    pub part_blocks: Option<u32>,
+    /// The replacement that goes on, and what the oracle is told at its end.
+    replacing: Option<(Worker, Replacement, Vec<KvEvent>)>,
     overlaps: Overlaps,
     groups: DepthGroups,
     hashed: HashedPrompt,
@@ -33,11 +37,25 @@ fn same<T: PartialEq + Debug>(what: &str, ours: &T, theirs: &T) -> Result<(), St
     if ours == theirs { Ok(()) } else { Err(format!("{what}\n  index:  {ours:?}\n  oracle: {theirs:?}")) }
 }
 
+fn figures(o: &Overlap) -> [u32; 4] {
+    [o.device, o.predicted, o.device + o.host + o.disk + o.external, o.mixed]
+}
+
+/// Whether nothing in `ours` is more than in `truth`.
+pub fn within(ours: &Overlaps, truth: &Overlaps) -> bool {
+    ours.ranks.iter().all(|o| {
+        truth
+            .get(o.worker)
+            .is_some_and(|t| figures(o).iter().zip(figures(t)).all(|(ours, truth)| *ours <= truth))
+    })
+}
+
 impl Pair {
     pub fn new(regime: &Regime, prefix_key: u64) -> Self {
         let mut config = IndexConfig::new(BlockSize::new(16).expect("16 is not 0"));
         config.prefix_key = prefix_key;
         config.max_orphans = regime.max_orphans;
+        config.max_orphan_age_ms = regime.max_orphan_age_ms;
         if let Some(above) = regime.budget {
             config.budget_bytes = Some(partition(config).1.stats().bytes + above);
         }
@@ -51,6 +69,8 @@ impl Pair {
             index,
             oracle,
             saved,
+            part_blocks: None,
+            replacing: None,
             overlaps,
             groups,
             hashed,
@@ -75,7 +95,28 @@ impl Pair {
         }
     }
 
+    /// Goes on with a replacement, or ends it where the operation is not one that may come between.
+    fn replace_before(&mut self, op: &Op) {
+        if matches!(op, Op::Query(_)) {
+            return;
+        }
+        let Some((worker, mut replacement, theirs)) = self.replacing.take() else { return };
+        let between = match op {
+            Op::Event(other, _) | Op::Predict(other, ..) | Op::RemoveWorker(other) => *other != worker,
+            _ => false,
+        };
+        let blocks = if between { self.part_blocks.unwrap_or(u32::MAX) } else { u32::MAX };
+        while replacement.part(&mut self.writer, blocks).is_some() {
+            if between {
+                self.replacing = Some((worker, replacement, theirs));
+                return;
+            }
+        }
+        self.oracle.replace(worker, &theirs);
+    }
+
     fn step(&mut self, op: &Op) -> Result<(), String> {
+        self.replace_before(op);
         match op {
             Op::Event(worker, event) => self.apply(*worker, event),
             Op::RemoveWorker(worker) => {
@@ -92,11 +133,7 @@ impl Pair {
                 self.oracle.predict(*worker, blocks, *until);
                 Ok(())
             }
-            Op::Expire(now) => {
-                self.index.expire(*now);
-                self.oracle.expire(*now);
-                Ok(())
-            }
+            Op::Expire(now) => same("orphans expired", &self.index.expire(*now), &self.oracle.expire(*now)),
             Op::ForgetPredictions(worker) => {
                 self.index.forget_predictions(*worker);
                 self.oracle.forget_predictions(*worker);
@@ -110,13 +147,12 @@ impl Pair {
             }
             Op::Replace(worker, saved) => {
                 let Some([ours, theirs]) = self.saved.get(saved) else { return Ok(()) };
-                let _ = self.writer.apply(*worker, &KvEvent::Cleared { tier: None });
-                let _ = self.oracle.apply(*worker, &KvEvent::Cleared { tier: None });
-                for event in ours {
-                    let _ = self.writer.apply(*worker, event);
-                }
-                for event in theirs {
-                    let _ = self.oracle.apply(*worker, event);
+                let replacement = self.writer.replace(*worker, ours);
+                if self.part_blocks.is_some() {
+                    self.replacing = Some((*worker, replacement, theirs.clone()));
+                } else {
+                    let _ = replacement.finish(&mut self.writer);
+                    self.oracle.replace(*worker, theirs);
                 }
                 Ok(())
             }
@@ -141,7 +177,29 @@ impl Pair {
         same("applied", &Applied { shed: 0, ..ours }, &theirs)
     }
 
+    /// While a replacement goes on: its worker shows no more than the old content or no more than the new one, the others what they hold.
+    fn query_between(&mut self, prompt: &[BlockHash]) -> Result<(), String> {
+        let Some((worker, _, dump)) = &self.replacing else { return Ok(()) };
+        let mut after = self.oracle.clone();
+        after.replace(*worker, dump);
+        let (old, new) = (self.oracle.overlap(prompt), after.overlap(prompt));
+        self.index.overlap(prompt, &mut self.overlaps);
+        let of_worker = |from: &Overlaps| Overlaps {
+            ranks: from.ranks.iter().filter(|o| o.worker == *worker).copied().collect(),
+        };
+        let ours = of_worker(&self.overlaps);
+        if !within(&ours, &old) && !within(&ours, &new) {
+            return Err(format!("between parts\n  index: {ours:?}\n  old: {old:?}\n  new: {new:?}"));
+        }
+        let others = |from: &Overlaps| from.ranks.iter().filter(|o| o.worker != *worker).copied().collect();
+        let (ours, theirs): (Vec<Overlap>, Vec<Overlap>) = (others(&self.overlaps), others(&old));
+        same("overlap of others between parts", &ours, &theirs)
+    }
+
     fn query(&mut self, prompt: &[BlockHash]) -> Result<(), String> {
+        if self.replacing.is_some() {
+            return self.query_between(prompt);
+        }
         let theirs = self.oracle.overlap(prompt);
         self.index.overlap(prompt, &mut self.overlaps);
         self.queries[0] += 1;
@@ -255,6 +313,7 @@ impl Pair {
 
     /// Removes all workers; nothing may be left.
     pub fn drain(&mut self) -> Result<(), String> {
+        self.replace_before(&Op::Check);
         for worker in self.workers() {
             let (ours, theirs) = (self.writer.remove_worker(worker), self.oracle.remove_worker(worker));
             same("worker removed at the end", &ours, &theirs)?;

@@ -11,12 +11,12 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
-use kvlane_index::{BlockHash, DepthGroups, HashedPrompt, KvEvent, Overlap, Overlaps};
+use kvlane_index::{BlockHash, DepthGroups, HashedPrompt, KvEvent, Overlaps};
 
 use super::choice::{Choice, mix};
 use super::generator::Generator;
 use super::op::Op;
-use super::pair::Pair;
+use super::pair::{Pair, within};
 use super::regime::{Names, Regime};
 
 /// Prompts that readers ask about.
@@ -69,19 +69,6 @@ fn cut(regime: &Regime, op: Op, out: &mut Vec<Op>) {
         Op::Restart(_) | Op::Query(_) => {}
         op => out.push(op),
     }
-}
-
-fn figures(o: &Overlap) -> [u32; 4] {
-    [o.device, o.predicted, o.device + o.host + o.disk + o.external, o.mixed]
-}
-
-/// Whether nothing in `ours` is more than in `truth`.
-fn within(ours: &Overlaps, truth: &Overlaps) -> bool {
-    ours.ranks.iter().all(|o| {
-        truth
-            .get(o.worker)
-            .is_some_and(|t| figures(o).iter().zip(figures(t)).all(|(ours, truth)| *ours <= truth))
-    })
 }
 
 /// Runs the operations of a seed beside `readers` threads.

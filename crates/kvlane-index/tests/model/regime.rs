@@ -34,6 +34,8 @@ pub struct Regime {
     pub orphans: bool,
     /// Orphans kept for each rank; the index refuses more.
     pub max_orphans: u32,
+    /// How long they wait; an `expire` goes 50 at most.
+    pub max_orphan_age_ms: u64,
     /// Only leaves are removed.
     pub leaf_first: bool,
     pub copies: bool,
@@ -62,6 +64,7 @@ pub const PLAIN: Regime = Regime {
     predictions: false,
     orphans: false,
     max_orphans: 1 << 16,
+    max_orphan_age_ms: 300,
     leaf_first: false,
     copies: false,
     clear_every: 100,
@@ -86,7 +89,7 @@ const EVERYTHING: Regime = Regime {
     ..PLAIN
 };
 
-pub const REGIMES: [Regime; 25] = [
+pub const REGIMES: [Regime; 26] = [
     Regime { name: "leaf first", leaf_first: true, ..PLAIN },
     PLAIN,
     Regime { name: "one content", alphabet: 1, chain: 12, ..PLAIN },
@@ -129,6 +132,7 @@ pub const REGIMES: [Regime; 25] = [
         tiers: true,
         ..PLAIN
     },
+    Regime { name: "orphans that age", orphans: true, predictions: true, max_orphan_age_ms: 120, ..PLAIN },
     Regime {
         name: "few orphans allowed",
         orphans: true,

@@ -43,7 +43,7 @@ pub struct Failure {
 /// Generates operations and compares after each, until there are `most` or choices run out.
 pub fn run(regime: Regime, choice: Choice<'_>, prefix_key: u64, most: u64) -> Result<Counts, Box<Failure>> {
     let mut generator = Generator::new(regime, choice);
-    let mut pair = Pair::new(&regime, prefix_key);
+    let mut pair = in_parts(&regime, prefix_key);
     let mut operations: Vec<Op> = Vec::new();
     let mut done = 0;
     let mut result = Ok(());
@@ -72,6 +72,13 @@ pub fn run(regime: Regime, choice: Choice<'_>, prefix_key: u64, most: u64) -> Re
     }
 }
 
+/// A pair whose replacements go on among other operations, where no budget makes the index forget things meanwhile.
+fn in_parts(regime: &Regime, prefix_key: u64) -> Pair {
+    let mut pair = Pair::new(regime, prefix_key);
+    pair.part_blocks = regime.budget.is_none().then_some(1 + prefix_key as u32 % 8);
+    pair
+}
+
 /// A panic is a difference too.
 fn step(pair: &mut Pair, op: &Op) -> Result<(), String> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| pair.run(op))).unwrap_or(Err("a panic".into()))
@@ -85,7 +92,7 @@ pub fn seeded(regime: Regime, seed: u64, operations: u64) -> Result<Counts, Box<
 impl Failure {
     fn fails(&self, operations: &[Op]) -> Option<String> {
         let again = || {
-            let mut pair = Pair::new(&self.regime, self.prefix_key);
+            let mut pair = in_parts(&self.regime, self.prefix_key);
             operations.iter().try_for_each(|op| step(&mut pair, op))?;
             pair.run(&Op::Check)?;
             pair.drain()

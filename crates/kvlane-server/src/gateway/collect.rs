@@ -174,6 +174,8 @@ impl Gateway {
         let places: Gauges<Model> = register(r, "index_places", "Distinct blocks of prompts in the index");
         let pairs: Gauges<Model> = register(r, "index_pairs", "Blocks held, over all workers");
         let orphans: Gauges<Model> = register(r, "index_orphans", "Blocks that wait for their parent");
+        let expired: Counts<Model> =
+            register(r, "index_orphans_expired", "Blocks dropped because their parent did not come in time");
         let predicted: Gauges<Model> =
             register(r, "index_predicted", "Predicted blocks that no event confirmed yet");
         let bytes: Gauges<Model> = register(r, "index_bytes", "Memory of the index");
@@ -199,6 +201,7 @@ impl Gateway {
             for (family, figure) in figures {
                 family.get_or_create_owned(&of).set(i64::try_from(figure).unwrap_or(i64::MAX));
             }
+            expired.get_or_create_owned(&of).inc_by(stats.orphans_expired);
             for row in partition.index.workers() {
                 let kind = Kind { worker: table.worker_name(row.worker), kind: row.tier.name() };
                 held.get_or_create_owned(&kind).inc_by(i64::try_from(row.blocks).unwrap_or(i64::MAX));
