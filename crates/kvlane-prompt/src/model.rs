@@ -92,13 +92,27 @@ impl ModelPrompt {
     /// `local_unix_s` is the time that a template's `strftime_now` prints: seconds since the epoch in the *engine's*
     /// time zone (containers run in UTC, so nearly always the plain Unix time).
     pub fn tokens(&self, request: &RequestFields, local_unix_s: i64) -> Result<Vec<Prompt>, PromptError> {
+        let found = self.tokens_within(request, local_unix_s, usize::MAX)?;
+        Ok(found.expect("nothing is longer than all that can be addressed"))
+    }
+
+    /// [`tokens`](Self::tokens), unless that takes long: `None` if more than `new_bytes_max` of a prompt's text were never tokenized before.
+    ///
+    /// For a thread that others wait for: 16 kB of new text are about a millisecond, a megabyte of known text is another. Trying costs the
+    /// request's rendering, and what was tokenized until then is kept.
+    pub fn tokens_within(
+        &self,
+        request: &RequestFields,
+        local_unix_s: i64,
+        new_bytes_max: usize,
+    ) -> Result<Option<Vec<Prompt>>, PromptError> {
         match request.endpoint() {
             Endpoint::Other => Err(Unroutable::NoPrompt.into()),
-            Endpoint::Completions => self.completion(request),
+            Endpoint::Completions => self.completion(request, new_bytes_max),
             Endpoint::Chat => {
                 let text = self.render(request, local_unix_s)?;
                 let special = request.add_special_tokens.unwrap_or(false);
-                Ok(vec![self.tokenize(request, &text, special)?])
+                Ok(self.tokenize(request, &text, special, new_bytes_max)?.map(|prompt| vec![prompt]))
             }
         }
     }
@@ -122,7 +136,11 @@ impl ModelPrompt {
         Ok(template.render(inputs, local_unix_s)?)
     }
 
-    fn completion(&self, request: &RequestFields) -> Result<Vec<Prompt>, PromptError> {
+    fn completion(
+        &self,
+        request: &RequestFields,
+        new_bytes_max: usize,
+    ) -> Result<Option<Vec<Prompt>>, PromptError> {
         if request.has_prompt_embeds() {
             return Err(Unroutable::PromptEmbeds.into());
         }
@@ -135,14 +153,22 @@ impl ModelPrompt {
             .into_iter()
             .map(|input| match input {
                 PromptInput::Text(text) if text.is_empty() => Err(Unroutable::Rejected.into()),
-                PromptInput::Text(text) => self.tokenize(request, &text, special),
-                PromptInput::Tokens(tokens) => self.fit(request, Known { tokens, ..Known::default() }),
+                PromptInput::Text(text) => self.tokenize(request, &text, special, new_bytes_max),
+                PromptInput::Tokens(tokens) => {
+                    self.fit(request, Known { tokens, ..Known::default() }).map(Some)
+                }
             })
             .collect()
     }
 
     /// Tokenizes and truncates as the request asks and the engine's limit says.
-    fn tokenize(&self, request: &RequestFields, text: &str, special: bool) -> Result<Prompt, PromptError> {
+    fn tokenize(
+        &self,
+        request: &RequestFields,
+        text: &str,
+        special: bool,
+        new_bytes_max: usize,
+    ) -> Result<Option<Prompt>, PromptError> {
         let limit = self.limit(request);
         // With a side given the engine cuts afterwards, through the special tokens too.
         let early = if request.truncate_left.is_none() { limit } else { None };
@@ -163,8 +189,8 @@ impl ModelPrompt {
                 _ => {}
             }
         }
-        let encoded = self.tokenizer.encode(text, special, early)?;
-        self.fit(request, encoded)
+        let encoded = self.tokenizer.encode(text, special, early, new_bytes_max)?;
+        encoded.map(|encoded| self.fit(request, encoded)).transpose()
     }
 
     /// Most tokens of the prompt to keep, if the request asks for truncation.

@@ -229,14 +229,16 @@ impl PrefixCache {
     }
 
     /// The tokens of `text`, with those of `before` in front of them. `encode` tokenizes what is not known: the text of a
-    /// segment, which begins with the given token if there is one.
+    /// segment, which begins with the given token if there is one. `None`: more than `new_bytes_max` are not known; what was
+    /// tokenized up to there is kept.
     pub(crate) fn tokens(
         &self,
         cuts: &Cuts,
         text: &str,
         before: &[u32],
+        new_bytes_max: usize,
         mut encode: impl FnMut(&str) -> Result<Vec<u32>, Unroutable>,
-    ) -> Result<Known, Unroutable> {
+    ) -> Result<Option<Known>, Unroutable> {
         let mut tokens = Vec::with_capacity(text.len() / 3 + before.len());
         tokens.extend_from_slice(before);
         let mut prefixes: Vec<Prefix> = Vec::new();
@@ -257,6 +259,10 @@ impl PrefixCache {
                 continue;
             }
             all_known = false;
+            if miss_bytes + segment.len() > new_bytes_max {
+                self.miss_bytes.fetch_add(miss_bytes as u64, Ordering::Relaxed);
+                return Ok(None);
+            }
             miss_bytes += segment.len();
             let start = tokens.len();
             match before {
@@ -274,7 +280,7 @@ impl PrefixCache {
         }
         self.hit_bytes.fetch_add(hit_bytes as u64, Ordering::Relaxed);
         self.miss_bytes.fetch_add(miss_bytes as u64, Ordering::Relaxed);
-        Ok(Known { tokens, known, prefixes })
+        Ok(Some(Known { tokens, known, prefixes }))
     }
 
     pub(crate) fn stats(&self) -> CacheStats {

@@ -134,22 +134,27 @@ impl Tokenizer {
     }
 
     /// The token ids of `text`; with the special tokens around it if asked for. Of a text longer than `limit` the last
-    /// tokens are kept, the special ones and they together at most `limit`.
+    /// tokens are kept, the special ones and they together at most `limit`. `None`: more than `new_bytes_max` of it were never tokenized before.
     pub(crate) fn encode(
         &self,
         text: &str,
         add_special_tokens: bool,
         limit: Option<usize>,
-    ) -> Result<Known, Unroutable> {
+        new_bytes_max: usize,
+    ) -> Result<Option<Known>, Unroutable> {
         let (before, after): (&[u32], &[u32]) =
             if add_special_tokens { (&self.before, &self.after) } else { (&[], &[]) };
-        let mut encoded = match &self.cache {
-            Some(cache) => cache.tokens(&self.cuts, text, before, |text| self.encode_content(text))?,
+        let encoded = match &self.cache {
+            Some(cache) => {
+                cache.tokens(&self.cuts, text, before, new_bytes_max, |text| self.encode_content(text))?
+            }
+            None if text.len() > new_bytes_max => None,
             None => {
                 let tokens = [before, &self.encode_content(text)?].concat();
-                Known { tokens, ..Known::default() }
+                Some(Known { tokens, ..Known::default() })
             }
         };
+        let Some(mut encoded) = encoded else { return Ok(None) };
         let room = limit.and_then(|limit| limit.checked_sub(before.len() + after.len()));
         let content = encoded.tokens.len() - before.len();
         if let Some(surplus) = room.and_then(|room| content.checked_sub(room)).filter(|&n| n > 0) {
@@ -157,7 +162,7 @@ impl Tokenizer {
             encoded = Known { tokens: encoded.tokens, ..Known::default() };
         }
         encoded.tokens.extend_from_slice(after);
-        Ok(encoded)
+        Ok(Some(encoded))
     }
 
     /// The token ids of `text` alone, tokenized afresh.

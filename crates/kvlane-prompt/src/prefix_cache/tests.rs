@@ -120,7 +120,10 @@ fn with_the_cache_as_without() {
                     _ => from + &message(&mut random) + random.pick(&MARKS),
                 };
                 let before: &[u32] = if random.below(3) == 0 { &[1] } else { &[] };
-                let ours = cache.tokens(&cuts, &text, before, |text| tokenizer.encode_content(text)).unwrap();
+                let ours = cache
+                    .tokens(&cuts, &text, before, usize::MAX, |text| tokenizer.encode_content(text))
+                    .unwrap()
+                    .unwrap();
                 let fresh = [before, &tokenizer.encode_by_library(&text).unwrap()].concat();
                 assert_eq!(ours.tokens, fresh, "{name}, seed {seed}, step {step}: {text:?}");
                 assert!(ours.known <= fresh.len());
@@ -151,10 +154,11 @@ fn a_growing_conversation_costs_its_new_text() {
             "<|im_start|>user\nthis is what was said in turn {turn}, at some length<|im_end|>\n"
         ));
         let Known { known, prefixes, .. } = cache
-            .tokens(tokenizer.cuts(), &text, &[], |text| {
+            .tokens(tokenizer.cuts(), &text, &[], usize::MAX, |text| {
                 tokenized += text.len();
                 tokenizer.encode_content(text)
             })
+            .unwrap()
             .unwrap();
         assert_eq!(known > 0, turn > 0);
         let same = prefixes.iter().filter(|prefix| seen.contains(&prefix.id)).count();
@@ -190,10 +194,11 @@ fn a_growing_text_without_special_tokens_costs_its_new_text() {
             ]));
         }
         cache
-            .tokens(tokenizer.cuts(), &text, &[], |text| {
+            .tokens(tokenizer.cuts(), &text, &[], usize::MAX, |text| {
                 tokenized += text.len();
                 tokenizer.encode_content(text)
             })
+            .unwrap()
             .unwrap();
     }
     // What is new, and behind the last seam what was new before.
@@ -205,6 +210,23 @@ fn a_growing_text_without_special_tokens_costs_its_new_text() {
 }
 
 #[test]
+fn whoever_may_not_wait_gets_what_is_known() {
+    let (_, tokenizer) = tokenizers().into_iter().find(|(name, _)| name == "gpt2-like").unwrap();
+    let cache = PrefixCache::new(1 << 20);
+    let old = format!("{}<|im_end|>", "what was said before ".repeat(200));
+    let text = format!("{old}{}<|im_end|>", "and what is new ".repeat(20));
+    let within = |bytes| {
+        cache.tokens(tokenizer.cuts(), &text, &[], bytes, |text| tokenizer.encode_content(text)).unwrap()
+    };
+    assert!(within(0).is_none() && cache.stats().miss_bytes == 0);
+    let tries = (1..).find(|_| within(3000).is_some()).unwrap();
+    assert_eq!((tries, cache.stats().miss_bytes), (2, text.len() as u64), "nothing is tokenized twice");
+    let known = within(0).unwrap();
+    assert!(known.tokens == tokenizer.encode_content(&text).unwrap(), "all is known");
+    assert_eq!(known.known, known.tokens.len());
+}
+
+#[test]
 fn the_bound_holds_and_what_is_used_stays() {
     let (_, tokenizer) = tokenizers().into_iter().find(|(name, _)| name == "gpt2-like").unwrap();
     let bytes = SHARDS * 4000;
@@ -212,14 +234,16 @@ fn the_bound_holds_and_what_is_used_stays() {
     let hot = format!("{}<|im_end|>", "the system prompt of everybody ".repeat(10));
     for i in 0..3000 {
         let text = format!("{hot}{} message number {i}<|im_end|>", "words ".repeat(20));
-        let Known { known, .. } =
-            cache.tokens(tokenizer.cuts(), &text, &[], |text| tokenizer.encode_content(text)).unwrap();
+        let Known { known, .. } = cache
+            .tokens(tokenizer.cuts(), &text, &[], usize::MAX, |text| tokenizer.encode_content(text))
+            .unwrap()
+            .unwrap();
         assert!(i == 0 || known > 0, "the hot segment was dropped at {i}");
         assert!(cache.stats().bytes <= bytes as u64);
     }
     assert!(cache.stats().evicted > 1000);
     // Longer than what a shard takes: tokenized each time, kept never.
     let long = "X ".repeat(4000);
-    cache.tokens(tokenizer.cuts(), &long, &[], |text| tokenizer.encode_content(text)).unwrap();
+    cache.tokens(tokenizer.cuts(), &long, &[], usize::MAX, |text| tokenizer.encode_content(text)).unwrap();
     assert!(cache.stats().bytes <= bytes as u64);
 }

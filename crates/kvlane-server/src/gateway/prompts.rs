@@ -1,8 +1,8 @@
 //! From a request to its tokens, without ever holding up another request.
 //!
 //! A model's files are read once, in the background; until then, and where there are none, its engine's own
-//! `/tokenize` is asked. Short requests are tokenized where they are; long ones on the blocking pool, as many at a time as
-//! there are cores, so that a prompt of a megabyte delays nobody else.
+//! `/tokenize` is asked. Requests with little new text are tokenized where they are, also when they are long; the others on the blocking
+//! pool, as many at a time as there are cores, so that a prompt of a megabyte delays nobody else.
 
 use super::parity::{Blame, Difference, Standing, first_difference};
 use super::upstream::SendError;
@@ -30,8 +30,10 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::Semaphore;
 use xxhash_rust::xxh3::xxh3_128;
 
-/// Requests with a longer body are tokenized on the blocking pool. At about 10 MB/s this is a millisecond and a half.
-const INLINE_BYTES_MAX: usize = 16 * 1024;
+/// Requests with a longer body go to the blocking pool unseen. Rendering so much and looking it up takes half a millisecond.
+const INLINE_BYTES_MAX: usize = 256 * 1024;
+/// So do requests with more text that was never seen. At about 15 MB/s this is a millisecond.
+const INLINE_NEW_BYTES_MAX: usize = 16 * 1024;
 /// Waiting for an engine's `/tokenize`; after it the request is routed by load.
 const ENGINE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Questions to engines at a time; a request beyond is routed by load.
@@ -315,14 +317,20 @@ impl Prompts {
 
     async fn tokenize(&self, local: &Arc<Local>, request: &Arc<RequestFields>) -> Result<Tokenized, Refused> {
         let now = unix_s();
-        let found = if request.body().len() <= INLINE_BYTES_MAX {
-            local.model.tokens(request, now)
+        let here = if request.body().len() <= INLINE_BYTES_MAX {
+            local.model.tokens_within(request, now, INLINE_NEW_BYTES_MAX).transpose()
         } else {
-            let _turn = self.working.acquire().await.expect("this semaphore is never closed");
-            let (local, request) = (Arc::clone(local), Arc::clone(request));
-            tokio::task::spawn_blocking(move || local.model.tokens(&request, now))
-                .await
-                .unwrap_or(Err(PromptError::Unroutable(Unroutable::TokenizerFailed)))
+            None
+        };
+        let found = match here {
+            Some(found) => found,
+            None => {
+                let _turn = self.working.acquire().await.expect("this semaphore is never closed");
+                let (local, request) = (Arc::clone(local), Arc::clone(request));
+                tokio::task::spawn_blocking(move || local.model.tokens(&request, now))
+                    .await
+                    .unwrap_or(Err(PromptError::Unroutable(Unroutable::TokenizerFailed)))
+            }
         };
         match found {
             Ok(prompts) => {
