@@ -5,7 +5,8 @@
 
 Every request is sent through kvlane. One after another, with the engines' events drained in between, the router's
 `predicted_cached_tokens` must equal the engine's own `cached_tokens` each time; the one exception is the first request
-to an engine after a cache reset that it has not announced yet, which must carry the cause.
+to an engine after a cache reset that it has not announced yet, which must carry the cause. Each request's body also goes to two
+dry runs, of a router that tokenizes by itself and of one that asks the engines: their tokens must be equal.
 Ends with a line `N passed, N failed`.
 """
 import argparse
@@ -21,6 +22,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import httpx
 import openai
 import zmq
 
@@ -65,7 +67,7 @@ class Router:
         else:
             # An empty directory stands for a host that does not have the model's files.
             command += ["--tokenizer", "engine"]
-        self.log = logs / f"kvlane-{tokenize}.log"
+        self.log = logs / f"kvlane-{tokenize}-{port}.log"
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open(self.log, "wb"))
 
     def get(self, path):
@@ -74,6 +76,11 @@ class Router:
 
     def json(self, path):
         return json.loads(self.get(path))
+
+    def dry_run(self, path, body):
+        request = urllib.request.Request(f"{self.url}/kvlane/explain?path={path}", body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
 
     def wait_ready(self, timeout_s=60):
         end = time.monotonic() + timeout_s
@@ -92,10 +99,13 @@ class Router:
 
 
 class Suite:
-    def __init__(self, router, engines, seed):
-        self.router, self.engines = router, engines
+    def __init__(self, router, compared, engines, seed):
+        self.router, self.compared, self.engines = router, compared, engines
         self.random = random.Random(seed)
-        self.client = openai.OpenAI(base_url=router.url + "/v1", api_key="none", max_retries=0, timeout=120)
+        self.sent = None
+        self.token_counts = collections.Counter()
+        http = httpx.Client(event_hooks={"request": [self.note]}, timeout=120)
+        self.client = openai.OpenAI(base_url=router.url + "/v1", api_key="none", max_retries=0, timeout=120, http_client=http)
         self.watch = Watch(engines)
         self.kinds = collections.Counter()
         self.hits = collections.Counter()
@@ -137,6 +147,21 @@ class Suite:
         raw = self.client.completions.with_raw_response.create(prompt=prompt, max_tokens=4, temperature=0, **options)
         return raw.headers, raw.parse().choices[0].text
 
+    def note(self, request):
+        self.sent = (request.url.path, request.content)
+
+    def same_tokens(self, kind):
+        """The tokens that each of the routers finds for the body that was just sent."""
+        path, body = self.sent
+        found = {name: router.dry_run(path, body) for name, router in self.compared.items()}
+        said = {name: (f["tokens_from"], f["prompt_tokens"], f["tokens_hash"]) for name, f in found.items()}
+        by_ids = b'"prompt":[' in body.replace(b" ", b"")
+        # Token ids need nobody's tokenizer.
+        sources = all(f["tokens_from"] == ("local" if by_ids else name) for name, f in found.items())
+        tokens = {s[1:] for s in said.values()}
+        self.check(sources and len(tokens) == 1 and None not in next(iter(tokens)), f"{kind}: tokens are not equal: {said}")
+        self.token_counts[kind] += 1
+
     def explain(self, headers):
         """The settled explanation: the audit may wait for the events of the request's own step."""
         path = "/kvlane/explain/" + headers["x-kvlane-request-id"]
@@ -162,6 +187,7 @@ class Suite:
         fresh_reset = next((e for e in self.reset_pending if e in worker), None)
         if fresh_reset:
             self.reset_pending.discard(fresh_reset)
+        self.same_tokens(kind)
         if predicted == actual and actual is not None:
             self.passed += 1
         elif fresh_reset and actual is not None:
@@ -282,6 +308,7 @@ class Suite:
         for kind in sorted(self.kinds):
             print(f"  {kind:22} {self.kinds[kind]:5} requests {self.hits[kind]:5} with cached tokens")
         print("  causes:", dict(self.causes))
+        print(f"  tokens found by {' and '.join(self.compared)} compared for {sum(self.token_counts.values())} requests")
         self.check(hits * 2 >= total, f"only {hits} of {total} requests had cached tokens")
 
 
@@ -306,10 +333,12 @@ def main():
                 engine.wait()
             print(f"two engines healthy after {time.monotonic() - began:.0f} s", flush=True)
         for tokenize in ["local", "engine"] if given.tokenize == "both" else [given.tokenize]:
-            router = Router(given.kvlane, engines, tokenize, logs)
+            routers = {name: Router(given.kvlane, engines, name, logs) for name in ("local", "engine")}
+            router = routers[tokenize]
             try:
-                router.wait_ready()
-                suite = Suite(router, engines, given.seed)
+                for each in routers.values():
+                    each.wait_ready()
+                suite = Suite(router, routers, engines, given.seed)
                 start = time.monotonic()
                 suite.sequential(given.requests if tokenize != "engine" or given.tokenize == "engine" else given.requests // 4)
                 if not given.running and tokenize == "local":
@@ -322,10 +351,11 @@ def main():
                 print(f"tokenized by {tokenize}: {suite.passed} passed, {len(suite.failures)} failed (seed {given.seed})\n", flush=True)
                 passed, failed = passed + suite.passed, failed + len(suite.failures)
             finally:
-                code = router.stop()
-            if code != 0:
-                failed += 1
-                print(f"FAILED: kvlane ended with {code} on SIGTERM; see {router.log}")
+                codes = [(each, each.stop()) for each in routers.values()]
+            for each, code in codes:
+                if code != 0:
+                    failed += 1
+                    print(f"FAILED: kvlane ended with {code} on SIGTERM; see {each.log}")
     finally:
         if not given.running:
             for engine in engines:

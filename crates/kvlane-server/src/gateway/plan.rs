@@ -18,7 +18,7 @@ use kvlane_sched::{Candidate, Decision, OverlapTokens, Pin, Reject, Request, Req
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 /// Blocks that running requests share are counted by ids that stand for at least so many tokens: finer ones cost the ledger time and tell
 /// it nothing.
@@ -514,6 +514,13 @@ impl Plan {
     /// Whether it may wait in the router: what no engine computes a prompt for passes at once.
     pub(super) fn may_wait(&self) -> bool {
         self.fields.is_some()
+    }
+
+    /// A hash of the tokens that the request is routed by: what two ways to find them can be compared by. `None` = not known.
+    pub(super) fn tokens_hash(&self) -> Option<u64> {
+        let mut hash = Xxh3::new();
+        self.prompt.tokens.iter().for_each(|token| hash.update(&token.to_le_bytes()));
+        (!self.prompt.tokens.is_empty()).then(|| hash.digest())
     }
 
     /// Where the tokens came from.

@@ -261,6 +261,7 @@ impl Gateway {
                 "prompt_tokens": decision.prompt_tokens,
                 "tokens_from": plan.tokens().name(),
                 "tokens_unknown_because": match plan.tokens() { Tokens::Unknown(why) => Some(why), _ => None },
+                "tokens_hash": plan.tokens_hash().map(|hash| format!("{hash:016x}")),
                 "worker": worker.map(|w| plan.table.worker_name(w)),
                 "rejected_because": result.err().map(|reject| reject.to_string()),
                 "picked_because": decision.picked_because.to_string(),

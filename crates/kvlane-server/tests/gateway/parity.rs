@@ -1,6 +1,6 @@
 //! Tokens computed here against the engine's: found out before the first request, told, and healed.
 
-use crate::client::router;
+use crate::client::{json, router};
 use crate::engine::{Act, Engine, Tokenize};
 use crate::{CHAT, url};
 use bytes::Bytes;
@@ -76,4 +76,30 @@ async fn equal_tokens_are_used_and_counted() {
     let metrics = router.metrics().await;
     assert!(metrics.contains(r#"kvlane_token_checks_total{model="m",kind="equal"} 3"#), "{metrics}");
     router.end().await;
+}
+
+#[tokio::test]
+async fn a_dry_run_tells_which_tokens_it_went_by() {
+    let wrong = Arc::new(AtomicBool::new(false));
+    let engine = Engine::start(Act::Json(200, "{}".into())).await;
+    engine.tokenize(engine_tokens(&wrong));
+    let mut found = Vec::new();
+    for (tokenizer, differs) in [
+        (TokenizerSetting::Path(files()), false),
+        (TokenizerSetting::Engine, false),
+        (TokenizerSetting::Engine, true),
+    ] {
+        wrong.store(differs, Ordering::Relaxed);
+        let router = router(&[url(&engine)], |config| {
+            config.policy = "kv".parse().unwrap();
+            config.tokenizer = tokenizer;
+        })
+        .await;
+        found.push(json(router.post("/kvlane/explain", CHAT).await).await);
+        router.end().await;
+    }
+    assert_eq!((&found[0]["tokens_from"], &found[1]["tokens_from"]), (&"local".into(), &"engine".into()));
+    assert!(found[0]["tokens_hash"].is_string(), "{}", found[0]);
+    assert_eq!(found[0]["tokens_hash"], found[1]["tokens_hash"]);
+    assert_ne!(found[1]["tokens_hash"], found[2]["tokens_hash"]);
 }
