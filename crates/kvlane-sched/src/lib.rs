@@ -23,6 +23,7 @@ mod request;
 mod rng;
 mod scheduler;
 mod session;
+pub mod shadow;
 
 pub use candidate::{Adapter, Candidate, EngineLimits, OverlapTokens, Profile};
 pub use decision::{Decision, FilterReason, MAX_ORDER, MAX_TERMS, PickedBecause, Reject, Row};

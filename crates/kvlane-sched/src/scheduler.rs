@@ -43,6 +43,16 @@ impl Scheduler {
         &self.ledger
     }
 
+    /// The same, to change.
+    pub(crate) fn ledger_mut(&mut self) -> &mut Ledger {
+        &mut self.ledger
+    }
+
+    /// What real requests taught.
+    pub(crate) fn learnt(&self) -> &Learnt {
+        &self.learnt
+    }
+
     /// How fast `worker` is, as far as is known.
     pub fn rates(&self, worker: Worker) -> Rates {
         self.learnt.rates(worker)
@@ -58,10 +68,23 @@ impl Scheduler {
         rng: &mut Rng,
         decision: &mut Decision,
     ) -> Result<(), Reject> {
+        self.decide_knowing(&self.learnt, request, candidates, now_ms, rng, decision)
+    }
+
+    /// Likewise, with speeds and lengths that somebody else learnt.
+    pub(crate) fn decide_knowing(
+        &self,
+        learnt: &Learnt,
+        request: &Request<'_>,
+        candidates: &[Candidate<'_>],
+        now_ms: f64,
+        rng: &mut Rng,
+        decision: &mut Decision,
+    ) -> Result<(), Reject> {
         let task = Task {
             request,
             prompt_tokens: request.tokens(),
-            output_tokens: request.output_tokens(self.learnt.output_tokens(request.model)),
+            output_tokens: request.output_tokens(learnt.output_tokens(request.model)),
         };
         decision.request = Some(request.id);
         decision.now_ms = now_ms;
@@ -110,7 +133,7 @@ impl Scheduler {
         for i in &decision.ranking {
             let candidate = &candidates[*i as usize];
             let row = &mut decision.rows[*i as usize];
-            let rates = self.rates(candidate.worker);
+            let rates = learnt.rates(candidate.worker);
             let allocation = self.pressure.allocation(candidate.worker, fleet.eligible);
             self.policy.score(
                 &task,
@@ -164,9 +187,21 @@ impl Scheduler {
         worker: Worker,
         now_ms: f64,
     ) -> Result<(), BookError> {
+        self.book_at(self.rates(worker), request, decision, worker, now_ms)
+    }
+
+    /// Likewise, at a worker of these rates.
+    pub(crate) fn book_at(
+        &mut self,
+        rates: Rates,
+        request: &Request<'_>,
+        decision: &Decision,
+        worker: Worker,
+        now_ms: f64,
+    ) -> Result<(), BookError> {
         let prompt_tokens = request.tokens();
         let cached_tokens = decision.row(worker).map_or(0, |r| r.cached_tokens).min(prompt_tokens);
-        let prefill_ms = self.rates(worker).prefill_ms(prompt_tokens - cached_tokens, cached_tokens);
+        let prefill_ms = rates.prefill_ms(prompt_tokens - cached_tokens, cached_tokens);
         self.ledger.book(&Booking {
             id: request.id,
             worker,

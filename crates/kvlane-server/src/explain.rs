@@ -7,6 +7,7 @@
 use crate::audit::Audit;
 use crate::gateway::Table;
 use kvlane_index::Worker;
+use kvlane_sched::shadow::Choice;
 use kvlane_sched::{Decision, FilterReason, Row};
 use serde_json::{Value, json};
 use std::fmt;
@@ -88,6 +89,17 @@ pub(crate) struct End {
     pub whole_ms: f64,
 }
 
+/// What a policy that looks on would have chosen.
+#[derive(Clone, Debug)]
+pub(crate) struct Onlooker {
+    /// Its name.
+    pub policy: &'static str,
+    /// Its choice.
+    pub choice: Choice,
+    /// The choice's cost as the acting policy reckons it, in that one's unit; `None` where it reckoned none.
+    pub cost: Option<f64>,
+}
+
 /// What was known and decided about one request.
 #[derive(Debug)]
 pub(crate) struct Record {
@@ -109,6 +121,8 @@ pub(crate) struct Record {
     pub waited_ms: f64,
     /// The decision, with a row for each candidate.
     pub decision: Decision,
+    /// What policies that look on would have chosen.
+    pub shadows: Vec<Onlooker>,
     /// The fleet as it was then; knows the workers' names.
     pub table: Arc<Table>,
     /// What happened since.
@@ -159,6 +173,15 @@ impl Record {
             "picked_because": decision.picked_because.to_string(),
             "unit": decision.unit,
             "candidates": candidates(decision, &self.table),
+            "shadows": self.shadows.iter()
+                .map(|s| json!({
+                    "policy": s.policy,
+                    "worker": self.table.worker_name(s.choice.worker),
+                    "same": decision.worker() == Some(s.choice.worker),
+                    "cached_tokens": s.choice.cached_tokens,
+                    "cost_to_acting": s.cost,
+                }))
+                .collect::<Vec<_>>(),
             "failed_attempts": course.attempts.iter()
                 .map(|a| json!({ "worker": self.table.worker_name(a.worker), "error": a.error }))
                 .collect::<Vec<_>>(),
@@ -255,6 +278,7 @@ mod tests {
             routing_ms: 0.0,
             waited_ms: 0.0,
             decision: Decision::default(),
+            shadows: Vec::new(),
             table: Arc::default(),
             course: Mutex::default(),
             audit: OnceLock::new(),

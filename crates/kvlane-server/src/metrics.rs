@@ -103,6 +103,19 @@ struct Audits {
     cause: &'static str,
 }
 
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+struct Choices {
+    policy: &'static str,
+    role: &'static str,
+    same: &'static str,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+struct OfPolicy {
+    policy: &'static str,
+    role: &'static str,
+}
+
 /// How a request that was sent to a worker ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Outcome {
@@ -171,6 +184,9 @@ pub(crate) struct Metrics {
     predicted_cached_tokens: Family<OfWorker, Counter>,
     cached_tokens: Family<OfWorker, Counter>,
     audits: Family<Audits, Counter>,
+    choices: Family<Choices, Counter>,
+    choices_cached_tokens: Family<OfPolicy, Counter>,
+    choices_cost: Family<OfPolicy, Counter<f64, AtomicU64>>,
     /// From the end of the request's body to the decision.
     pub routing: Histogram,
     /// Of that, finding the prompt's tokens.
@@ -210,6 +226,21 @@ impl Metrics {
                 "audits",
                 "Predictions against the engines' cached_tokens, by result and cause",
             ),
+            choices: family(
+                r,
+                "policy_choices",
+                "With --shadow: choices by policy, and whether the acting one chose the same worker",
+            ),
+            choices_cached_tokens: family(
+                r,
+                "policy_cached_tokens",
+                "With --shadow: prompt tokens believed to be cached at the policy's choices",
+            ),
+            choices_cost: family(
+                r,
+                "policy_cost",
+                "With --shadow: cost of the policy's choices, as the acting one reckons it (kv: milliseconds)",
+            ),
             routing: single(r, "routing_seconds", "End of the request's body to the decision"),
             tokenizing: single(r, "tokenizing_seconds", "Finding the tokens of a prompt"),
             waited: single(
@@ -243,6 +274,23 @@ impl Metrics {
     /// Counts a request that was answered here with an error.
     pub(crate) fn rejected(&self, reason: &'static str) {
         self.rejected.get_or_create(&Reasons { reason }).inc();
+    }
+
+    /// Counts a choice of the acting policy, or of one that looks on.
+    pub(crate) fn chose(
+        &self,
+        policy: &'static str,
+        acting: bool,
+        same: bool,
+        cached_tokens: u32,
+        cost: Option<f64>,
+    ) {
+        let role = if acting { "acting" } else { "shadow" };
+        let same = if same { "true" } else { "false" };
+        self.choices.get_or_create(&Choices { policy, role, same }).inc();
+        let of = OfPolicy { policy, role };
+        self.choices_cached_tokens.get_or_create(&of).inc_by(u64::from(cached_tokens));
+        self.choices_cost.get_or_create(&of).inc_by(cost.unwrap_or(0.0).max(0.0));
     }
 
     /// Counts the result of an audit.

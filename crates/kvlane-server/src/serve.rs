@@ -45,6 +45,8 @@ pub struct ServeConfig {
     pub fleet: FleetConfig,
     /// How workers are chosen.
     pub policy: Box<dyn Policy>,
+    /// Policies that choose for every request too, without acting: for metrics and explanations.
+    pub shadows: Vec<Box<dyn Policy>>,
     /// How requests wait here while all workers are saturated; `None` = as the policy has it.
     pub queue: Option<QueueLimits>,
     /// Where tokens come from.
@@ -74,6 +76,7 @@ impl ServeConfig {
             listen,
             fleet,
             policy: Box::default(),
+            shadows: Vec::new(),
             queue: None,
             tokenizer: TokenizerSetting::Auto,
             max_body_bytes: 64 << 20,
@@ -135,6 +138,7 @@ pub async fn serve(config: ServeConfig, shutdown: CancellationToken) -> Result<S
         listen,
         fleet: mut fleet_config,
         policy,
+        shadows,
         queue,
         tokenizer,
         max_body_bytes,
@@ -156,7 +160,8 @@ pub async fn serve(config: ServeConfig, shutdown: CancellationToken) -> Result<S
 
     // The fleet and the gateway outlive the shutdown's beginning: running requests need them.
     let stop = CancellationToken::new();
-    fleet_config.cache_aware = policy.needs_cache_knowledge();
+    fleet_config.cache_aware =
+        policy.needs_cache_knowledge() || shadows.iter().any(|shadow| shadow.needs_cache_knowledge());
     let remote = if indexers.is_empty() || !fleet_config.cache_aware {
         None
     } else {
@@ -179,6 +184,7 @@ pub async fn serve(config: ServeConfig, shutdown: CancellationToken) -> Result<S
         queue.or_else(|| policy.holds_back().then(QueueLimits::default)).filter(|q| q.max_requests > 0);
     let gateway_config = GatewayConfig {
         policy,
+        shadows,
         queue,
         tokenizer,
         max_body_bytes,

@@ -29,6 +29,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NAME", default_value = NAMES[0])]
     policy: String,
 
+    /// Policies that choose for every request too, without acting: what each would have done is in /metrics (kvlane_policy_*) and in the explanation of
+    /// each request. Their loads are imagined, the caches are as the acting policy makes them.
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    shadow: Vec<String>,
+
     /// Requests that may wait here while every worker that could take them is saturated; 0 = none, the engines queue. Headers: x-kvlane-priority
     /// (-100 to 100, greater is sooner), x-kvlane-deadline-ms, x-kvlane-tenant (else the API key; tenants get equal work). Default: 4096 for
     /// kv, 0 for the others.
@@ -100,6 +105,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
         workers,
         listen,
         policy,
+        shadow,
         queue,
         queue_wait,
         queue_order,
@@ -114,6 +120,12 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
         indexers,
     } = args;
     let policy: Box<dyn Policy> = policy.parse().context("--policy")?;
+    let mut shadows: Vec<Box<dyn Policy>> = Vec::new();
+    for name in &shadow {
+        anyhow::ensure!(*name != policy.name(), "--shadow {name}: this policy acts already; name others");
+        anyhow::ensure!(!shadows.iter().any(|s| s.name() == name), "--shadow {name}: named twice");
+        shadows.push(name.parse().context("--shadow")?);
+    }
     let by_default = if policy.holds_back() { QueueLimits::default().max_requests } else { 0 };
     let queue = QueueLimits {
         max_requests: queue.unwrap_or(by_default),
@@ -137,6 +149,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     };
     let config = ServeConfig {
         policy,
+        shadows,
         queue: Some(queue),
         tokenizer,
         max_body_bytes,

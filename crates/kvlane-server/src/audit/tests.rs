@@ -38,6 +38,7 @@ fn case(actual: u32) -> Case {
         routing_ms: 0.0,
         waited_ms: 0.0,
         decision: kvlane_sched::Decision::default(),
+        shadows: Vec::new(),
         table: Arc::default(),
         course: Mutex::default(),
         audit: std::sync::OnceLock::new(),

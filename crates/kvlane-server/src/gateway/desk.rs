@@ -7,6 +7,7 @@
 //!
 //! What is left at a time is bounded by the requests in flight: a request tells a few things, and only a decision brings a new request.
 
+use kvlane_sched::shadow::Shadow;
 use kvlane_sched::{RequestId, Rng, Scheduler};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
@@ -17,6 +18,8 @@ use std::time::Instant;
 pub(crate) struct Books {
     /// Chooses and keeps account.
     pub scheduler: Scheduler,
+    /// Policies that look on.
+    pub shadows: Vec<Shadow>,
     /// Draws among equals.
     pub rng: Rng,
     left: Receiver<Told>,
@@ -50,9 +53,9 @@ pub(crate) struct Desk {
 
 impl Desk {
     /// An empty account.
-    pub(crate) fn new(scheduler: Scheduler, rng: Rng) -> Self {
+    pub(crate) fn new(scheduler: Scheduler, shadows: Vec<Shadow>, rng: Rng) -> Self {
         let (leave, left) = channel();
-        Self { books: Mutex::new(Books { scheduler, rng, left }), leave, began: Instant::now() }
+        Self { books: Mutex::new(Books { scheduler, shadows, rng, left }), leave, began: Instant::now() }
     }
 
     /// The time on its clock, in milliseconds.
@@ -95,15 +98,24 @@ impl Books {
 
     fn enter(&mut self, &Told { id, report, now_ms }: &Told) {
         match report {
-            Report::FirstToken => self.scheduler.first_token(id, now_ms),
-            Report::Output(tokens) => self.scheduler.output(id, tokens, now_ms),
+            Report::FirstToken => {
+                self.scheduler.first_token(id, now_ms);
+                self.shadows.iter_mut().for_each(|shadow| shadow.first_token(id, now_ms));
+            }
+            Report::Output(tokens) => self.output(id, tokens, now_ms),
             Report::End(tokens) => {
                 if tokens > 0 {
-                    self.scheduler.output(id, tokens, now_ms);
+                    self.output(id, tokens, now_ms);
                 }
                 self.scheduler.end(id, now_ms);
+                self.shadows.iter_mut().for_each(|shadow| shadow.end(id, now_ms));
             }
         }
+    }
+
+    fn output(&mut self, id: RequestId, tokens: u32, now_ms: f64) {
+        self.scheduler.output(id, tokens, now_ms);
+        self.shadows.iter_mut().for_each(|shadow| shadow.output(id, tokens, now_ms));
     }
 }
 
@@ -116,7 +128,7 @@ mod tests {
     #[test]
     fn what_was_told_while_the_books_were_out_is_in_the_next_decision() {
         let policy = "least-loaded".parse().expect("a policy of that name");
-        let desk = Desk::new(Scheduler::new(policy), Rng::new(1));
+        let desk = Desk::new(Scheduler::new(policy), Vec::new(), Rng::new(1));
         let profile = Profile::new(16);
         let workers = [0, 1].map(|id| Worker { instance: InstanceId(id), rank: 0 });
         let candidates = workers.map(|worker| Candidate::new(worker, &profile));

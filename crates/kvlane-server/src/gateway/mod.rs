@@ -18,6 +18,7 @@ mod parity;
 mod plan;
 mod prompts;
 mod routes;
+mod shadow;
 mod snapshot;
 mod split;
 mod status;
@@ -51,6 +52,7 @@ use hyper::body::Incoming;
 use kvlane_index::{BlockHash, Index, Overlaps, Worker};
 use kvlane_prompt::{Endpoint, RequestFields};
 use kvlane_sched::queue::QueueLimits;
+use kvlane_sched::shadow::Shadow;
 use kvlane_sched::{Policy, Rng, Scheduler};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -84,6 +86,8 @@ pub(crate) struct PromptBlocks {
 pub(crate) struct GatewayConfig {
     /// How workers are chosen.
     pub policy: Box<dyn Policy>,
+    /// Policies that look on.
+    pub shadows: Vec<Box<dyn Policy>>,
     /// How many requests wait here, and how long, while all workers are saturated; `None` = none.
     pub queue: Option<QueueLimits>,
     /// Where tokens come from.
@@ -126,8 +130,17 @@ impl Gateway {
     /// A gateway over `fleet`, with its background tasks, which end with `stop`.
     pub(crate) fn start(fleet: Fleet, config: GatewayConfig, stop: &CancellationToken) -> Arc<Self> {
         let metrics = Arc::new(Metrics::new());
-        let GatewayConfig { policy, queue, tokenizer, max_body_bytes, allow_admin, replicated, remote, seed } =
-            config;
+        let GatewayConfig {
+            policy,
+            shadows,
+            queue,
+            tokenizer,
+            max_body_bytes,
+            allow_admin,
+            replicated,
+            remote,
+            seed,
+        } = config;
         let prompts = Arc::new(Prompts::new(tokenizer));
         let table = Arc::new(ArcSwap::from_pointee(Table::new(&fleet, &Table::default(), &metrics)));
         let witness = FleetWitness {
@@ -141,8 +154,12 @@ impl Gateway {
         let gateway = Arc::new(Self {
             fleet,
             table,
-            cache_aware: policy.needs_cache_knowledge(),
-            desk: Desk::new(Scheduler::new(policy), Rng::new(seed)),
+            cache_aware: policy.needs_cache_knowledge() || shadows.iter().any(|s| s.needs_cache_knowledge()),
+            desk: Desk::new(
+                Scheduler::new(policy),
+                shadows.into_iter().map(Shadow::new).collect(),
+                Rng::new(seed),
+            ),
             admission: Admission::new(queue),
             prompts,
             known_blocks: KnownBlocks::new(),

@@ -5,7 +5,7 @@ use super::error::ClientError;
 use super::inflight::{Expected, InFlight};
 use super::known_blocks::KnownBlocks;
 use super::prompts::{Known, Refused, Tokenized};
-use super::{Gateway, PromptBlocks, Table, Upstream};
+use super::{Gateway, PromptBlocks, Table, Upstream, shadow};
 use crate::audit::{Evidence, Prediction};
 use crate::explain::{Course, Id, Record, Tokens};
 use crate::fleet::{Facts, Instance, Partition, Trust};
@@ -276,6 +276,7 @@ impl Gateway {
         let request = plan.request(RequestId(id.sequence));
         let candidates = plan.candidates();
         let mut decision = Decision::default();
+        let mut shadows = Vec::new();
         let decided = self.desk.with(|books, now_ms| {
             // Who cannot be served at all is told so at once.
             if wait_for_room
@@ -290,6 +291,7 @@ impl Gateway {
                 .scheduler
                 .book(&request, &decision, worker, now_ms)
                 .expect("ids count up and are never in flight twice");
+            shadows = shadow::look(books, &request, &candidates, &decision, now_ms);
             Ok(Some(worker))
         });
         let worker = match decided {
@@ -314,10 +316,12 @@ impl Gateway {
             routing_ms: plan.routing.as_secs_f64() * 1e3,
             waited_ms: plan.waited.as_secs_f64() * 1e3,
             decision,
+            shadows,
             table: Arc::clone(&plan.table),
             course: Mutex::new(Course::default()),
             audit: OnceLock::new(),
         });
+        shadow::count(&record, &self.metrics);
         self.explanations.keep(Arc::clone(&record));
         let offer = plan.get(worker).expect("the chosen worker is one of the candidates");
         predict(plan, offer);

@@ -14,6 +14,7 @@ mod ends;
 mod engine;
 mod h2;
 mod parity;
+mod shadow;
 
 use client::{bytes, header, json, router};
 use engine::{Act, Engine, MODELS};
