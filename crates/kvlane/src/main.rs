@@ -8,8 +8,10 @@ mod events_cmd;
 mod index_run;
 mod indexer;
 mod mock_engine;
+mod replay;
 mod serve;
 mod simulate;
+mod source;
 
 use std::io::IsTerminal;
 
@@ -38,6 +40,8 @@ enum Command {
     Demo(demo::Args),
     /// Run one engine that only pretends: vLLM's HTTP and cache events, a real block cache, measured times.
     MockEngine(Box<mock_engine::Args>),
+    /// Send a trace to a real endpoint as it was recorded, and report first tokens, hit rate and balance.
+    Replay(Box<replay::Args>),
     /// Compare routing policies on a request trace: no GPU, no sockets, one seed gives one result.
     #[command(visible_alias = "sim")]
     Simulate(Box<simulate::Args>),
@@ -65,6 +69,7 @@ fn main() -> anyhow::Result<()> {
             Command::Indexer(args) => indexer::run(args).await,
             Command::Demo(args) => demo::run(args).await,
             Command::MockEngine(args) => mock_engine::run(*args).await,
+            Command::Replay(args) => replay::run(*args).await,
             Command::Simulate(args) => simulate::run(&args),
             Command::Events(args) => events_cmd::run(args).await,
             Command::Index(args) => index_run::run(args),

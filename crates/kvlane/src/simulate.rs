@@ -3,15 +3,15 @@
 //! Every (workers, speed, policy, seed) is a run of its own and deterministic; they are spread over the machine's cores and put back in order, so
 //! the output does not depend on the machine.
 
+use crate::source::{Source, parse_positive};
 use anyhow::{Context, bail};
 use kvlane_sched::Policy;
 use kvlane_sched::policy::NAMES;
 use kvlane_sim::bounds::bounds;
 use kvlane_sim::fleet::{self, FleetConfig};
 use kvlane_sim::report::{self, Cell, Comparison, Curves};
-use kvlane_sim::trace::{self, Format, Nature, PromptMode, ReadOptions, Shape, Start, Trace};
-use std::fs::File;
-use std::io::{BufReader, Write};
+use kvlane_sim::trace::{Start, Trace};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,32 +19,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Arguments of `kvlane simulate`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Trace to read: Mooncake, Bailian or Weka JSON lines, or Azure CSV; plain or .gz. Without one, see --generate.
-    trace: Option<PathBuf>,
-
-    /// Traffic to make up where no trace is given: shared-prompts, multi-turn, hot-prefixes or no-reuse.
-    #[arg(long, value_name = "NATURE", default_value = "multi-turn", conflicts_with = "trace")]
-    generate: Nature,
-
-    /// Requests to make up.
-    #[arg(long, value_name = "N", default_value_t = 5_000, conflicts_with = "trace")]
-    requests: u32,
-
-    /// Requests per second to make up (before --speed).
-    #[arg(long, value_name = "R", default_value_t = 20.0, conflicts_with = "trace")]
-    rate: f64,
-
-    /// Format of the trace, where its first line does not tell: mooncake, bailian, azure or weka.
-    #[arg(long, value_parser = parse_format)]
-    format: Option<Format>,
-
-    /// Tokens in a block of the trace, where the format does not say (Mooncake's own files: 512).
-    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    block_size: Option<u32>,
-
-    /// What later rows of a session hold: the whole prompt, or only what is new (delta).
-    #[arg(long, value_parser = parse_prompt_mode, default_value = "whole")]
-    prompt_mode: PromptMode,
+    #[command(flatten)]
+    source: Source,
 
     /// Sizes of the fleet to compare.
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "8", value_parser = clap::value_parser!(u32).range(1..=4_096))]
@@ -58,30 +34,6 @@ pub(crate) struct Args {
     #[arg(long, value_name = "X,...", value_delimiter = ',', default_value = "1", value_parser = parse_positive)]
     speed: Vec<f64>,
 
-    /// Spread arrivals over this many milliseconds from their time (Mooncake's conversation trace comes in batches of 3000).
-    #[arg(long, value_name = "MS", default_value_t = 0.0)]
-    spread: f64,
-
-    /// Repeat the trace so often at once, with prompts that share nothing between copies.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_024))]
-    copies: u32,
-
-    /// Leave out requests that start before this second of the trace.
-    #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
-    start: f64,
-
-    /// Leave out requests that start from this second on.
-    #[arg(long, value_name = "SECONDS")]
-    end: Option<f64>,
-
-    /// Leave out prompts of more tokens.
-    #[arg(long, value_name = "TOKENS")]
-    max_input: Option<u32>,
-
-    /// Longest pause inside a session, in seconds.
-    #[arg(long, value_name = "SECONDS")]
-    think_cap: Option<f64>,
-
     /// Cache blocks of 16 tokens of each worker (default: as calibrated).
     #[arg(long, value_name = "BLOCKS", value_parser = clap::value_parser!(u32).range(64..))]
     kv_blocks: Option<u32>,
@@ -93,10 +45,6 @@ pub(crate) struct Args {
     /// Runs of each cell, with seeds from --seed on.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1_000))]
     seeds: u64,
-
-    /// The first seed.
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
 
     /// A first token within this time counts as in time.
     #[arg(long, value_name = "MS", default_value_t = 2_000.0)]
@@ -142,34 +90,9 @@ impl std::str::FromStr for Contender {
     }
 }
 
-fn parse_positive(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(x) if x.is_finite() && x > 0.0 => Ok(x),
-        _ => Err("must be a number above 0".to_owned()),
-    }
-}
-
-fn parse_format(text: &str) -> Result<Format, String> {
-    match text {
-        "mooncake" => Ok(Format::Mooncake),
-        "bailian" => Ok(Format::Bailian),
-        "azure" => Ok(Format::Azure),
-        "weka" => Ok(Format::Weka),
-        _ => Err("must be mooncake, bailian, azure or weka".to_owned()),
-    }
-}
-
-fn parse_prompt_mode(text: &str) -> Result<PromptMode, String> {
-    match text {
-        "whole" => Ok(PromptMode::Whole),
-        "delta" => Ok(PromptMode::Delta),
-        _ => Err("must be whole or delta".to_owned()),
-    }
-}
-
 /// Runs everything that was asked for and writes the reports.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let base = load(args)?;
+    let base = args.source.load()?;
     let comparison = compare(args, &base);
     if let Some(path) = &args.html {
         write(path, &report::html(&comparison))?;
@@ -183,31 +106,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn load(args: &Args) -> anyhow::Result<Trace> {
-    let Some(path) = &args.trace else {
-        return Ok(trace::generate(args.generate, args.requests.max(1), args.rate.max(1e-3), args.seed));
-    };
-    let file = File::open(path).with_context(|| format!("cannot open the trace {}", path.display()))?;
-    let name = path.file_name().map_or_else(|| "trace".into(), |n| n.to_string_lossy());
-    let options =
-        ReadOptions { format: args.format, block_tokens: args.block_size, prompt_mode: args.prompt_mode };
-    let trace = trace::read(&name, BufReader::new(file), &options)
-        .with_context(|| format!("cannot use the trace {}", path.display()))?;
-    tracing::info!(requests = trace.requests.len(), sessions = trace.sessions(), "read the trace");
-    Ok(trace)
-}
-
 fn compare(args: &Args, base: &Trace) -> Comparison {
-    let shape = |speed: f64| Shape {
-        speed,
-        spread_ms: args.spread.max(0.0),
-        copies: args.copies,
-        stagger_ms: if args.copies > 1 { 60_000.0 } else { 0.0 },
-        window_ms: Some((args.start * 1000.0, args.end.map_or(f64::INFINITY, |s| s * 1000.0))),
-        max_input_tokens: args.max_input,
-        think_cap_ms: args.think_cap.map(|s| s * 1000.0),
-    };
-    let seeds: Vec<u64> = (args.seed..args.seed.saturating_add(args.seeds)).collect();
+    let shape = |speed: f64| args.source.shape(speed);
+    let first_seed = args.source.seed;
+    let seeds: Vec<u64> = (first_seed..first_seed.saturating_add(args.seeds)).collect();
     let fleet = |workers: u32, seed: u64, predict_us: u64| {
         let mut config = FleetConfig::new(workers);
         config.seed = seed;
@@ -244,7 +146,7 @@ fn compare(args: &Args, base: &Trace) -> Comparison {
                     let outcome = fleet::run(&trace, &config, policy);
                     let lengths: Vec<u32> = trace.requests.iter().map(|r| r.input_tokens).collect();
                     let summary = outcome.summary(&lengths, args.ttft_target);
-                    let curves = (*seed == args.seed).then(|| Curves::of(&trace, &outcome));
+                    let curves = (*seed == first_seed).then(|| Curves::of(&trace, &outcome));
                     let place = jobs.iter().position(|j| {
                         (j.0, j.1, &j.2.name, j.3) == (*workers, *speed, &contender.name, *seed)
                     });
@@ -277,8 +179,8 @@ fn compare(args: &Args, base: &Trace) -> Comparison {
             }
         }
     }
-    let shaped = shape(1.0).apply(base, args.seed);
-    let pool = |workers: u32| u64::from(workers) * fleet(workers, args.seed, 0).cache_tokens();
+    let shaped = shape(1.0).apply(base, first_seed);
+    let pool = |workers: u32| u64::from(workers) * fleet(workers, first_seed, 0).cache_tokens();
     Comparison {
         trace: shaped.name.clone(),
         requests: shaped.requests.len(),
@@ -290,7 +192,7 @@ fn compare(args: &Args, base: &Trace) -> Comparison {
         bounds: args
             .workers
             .iter()
-            .map(|w| (*w, bounds(&shaped, &fleet(*w, args.seed, 0).engine, pool(*w))))
+            .map(|w| (*w, bounds(&shaped, &fleet(*w, first_seed, 0).engine, pool(*w))))
             .collect(),
         cells,
     }

@@ -211,7 +211,7 @@ async fn refusals_say_what_is_wrong() {
         (json!({"model": "nope", "prompt": "x"}), 404, "NotFoundError"),
         (json!({"model": "mock"}), 400, "Bad Request"),
         (json!({"model": "mock", "prompt": []}), 400, "BadRequestError"),
-        (json!({"model": "mock", "prompt": [300]}), 400, "BadRequestError"),
+        (json!({"model": "mock", "prompt": [131_072]}), 400, "BadRequestError"),
         (json!({"model": "mock", "prompt": "x", "max_tokens": 0}), 400, "BadRequestError"),
         (json!({"model": "mock", "prompt": "x", "max_tokens": 64}), 400, "BadRequestError"),
         (json!({"model": "mock", "prompt": "x".repeat(64)}), 400, "BadRequestError"),

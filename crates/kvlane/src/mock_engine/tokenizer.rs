@@ -13,8 +13,8 @@ pub(super) const END_OF_TEXT: u32 = 256;
 pub(super) const MESSAGE_START: u32 = 257;
 /// Ends a message: what the model generates to stop.
 pub(super) const MESSAGE_END: u32 = 258;
-/// Tokens of the vocabulary: ids from 0 to one less.
-pub(super) const VOCABULARY: u32 = 259;
+/// Ids that a prompt may hold, from 0 to one less: as many as real models have, so that made-up ids may come. No text has those behind the special ones.
+pub(super) const VOCABULARY: u32 = 131_072;
 
 const SPECIAL: [(&str, u32); 3] =
     [("<|endoftext|>", END_OF_TEXT), ("<|im_start|>", MESSAGE_START), ("<|im_end|>", MESSAGE_END)];
