@@ -8,6 +8,7 @@ mod events_cmd;
 mod index_run;
 mod indexer;
 mod mock_engine;
+mod record;
 mod replay;
 mod serve;
 mod simulate;
@@ -40,6 +41,8 @@ enum Command {
     Demo(demo::Args),
     /// Run one engine that only pretends: vLLM's HTTP and cache events, a real block cache, measured times.
     MockEngine(Box<mock_engine::Args>),
+    /// Write down live traffic, as hashes and lengths only, for `kvlane simulate` and `kvlane replay`.
+    Record(record::Args),
     /// Send a trace to a real endpoint as it was recorded, and report first tokens, hit rate and balance.
     Replay(Box<replay::Args>),
     /// Compare routing policies on a request trace: no GPU, no sockets, one seed gives one result.
@@ -69,6 +72,7 @@ fn main() -> anyhow::Result<()> {
             Command::Indexer(args) => indexer::run(args).await,
             Command::Demo(args) => demo::run(args).await,
             Command::MockEngine(args) => mock_engine::run(*args).await,
+            Command::Record(args) => record::run(args).await,
             Command::Replay(args) => replay::run(*args).await,
             Command::Simulate(args) => simulate::run(&args),
             Command::Events(args) => events_cmd::run(args).await,

@@ -9,6 +9,7 @@ use hyper::StatusCode;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use std::time::Duration;
+use tokio::sync::mpsc;
 
 /// A client that sends nothing for this long in the middle of a body is not waited for.
 const BODY_SILENCE_MAX: Duration = Duration::from_secs(30);
@@ -70,6 +71,8 @@ where
 pub(crate) enum ResponseBody<F> {
     /// Whole; `None` once it was taken.
     Own(Option<Bytes>),
+    /// Written here as it comes, until the other side ends.
+    Lines(mpsc::Receiver<Bytes>),
     /// Passing by. Boxed, because it carries the whole exchange.
     Forwarded(Box<F>),
 }
@@ -94,6 +97,7 @@ where
     ) -> Poll<Option<Result<Frame<Bytes>, F::Error>>> {
         match self.get_mut() {
             Self::Own(bytes) => Poll::Ready(bytes.take().map(|b| Ok(Frame::data(b)))),
+            Self::Lines(lines) => lines.poll_recv(cx).map(|line| line.map(|line| Ok(Frame::data(line)))),
             Self::Forwarded(body) => Pin::new(&mut **body).poll_frame(cx),
         }
     }
@@ -101,6 +105,7 @@ where
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Own(bytes) => bytes.is_none(),
+            Self::Lines(_) => false,
             Self::Forwarded(body) => body.is_end_stream(),
         }
     }
@@ -108,6 +113,7 @@ where
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Own(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |b| b.len() as u64)),
+            Self::Lines(_) => SizeHint::default(),
             Self::Forwarded(body) => body.size_hint(),
         }
     }

@@ -5,6 +5,7 @@
 //! leaves, a drain and a panic all take the same way.
 
 use super::desk::Report;
+use super::traffic::Passed;
 use super::usage::Usage;
 use super::{Gateway, PromptBlocks, Upstream};
 use crate::audit::{self, Audit, Case, Evidence, Prediction, Verdict};
@@ -39,6 +40,8 @@ pub(crate) struct InFlight {
     first_byte: Option<Instant>,
     /// Pieces of the stream that were not reported yet.
     pieces: u32,
+    /// Pieces of the stream.
+    all_pieces: u64,
     status: u16,
     outcome: Outcome,
     usage: Usage,
@@ -77,6 +80,7 @@ impl InFlight {
             expected,
             first_byte: None,
             pieces: 0,
+            all_pieces: 0,
             status: 499,
             outcome: Outcome::ClientGone,
             usage: Usage::default(),
@@ -137,6 +141,7 @@ impl InFlight {
     /// Another piece of a stream is here: about a token.
     pub(super) fn piece(&mut self) {
         self.pieces += 1;
+        self.all_pieces += 1;
         if self.pieces == OUTPUT_BATCH {
             let id = self.request_id();
             let tokens = std::mem::take(&mut self.pieces);
@@ -231,6 +236,27 @@ impl InFlight {
         }
     }
 
+    /// Tells whoever records of a request that an engine began to answer.
+    fn tell_recorders(&self, first_byte_ms: Option<f64>) {
+        let failed = matches!(self.outcome, Outcome::ClientError | Outcome::ServerError);
+        if first_byte_ms.is_none() || failed {
+            return;
+        }
+        self.gateway.traffic.tell(|| Passed {
+            arrived: self.arrived,
+            model: self.record.model.clone(),
+            input_tokens: self
+                .usage
+                .prompt_tokens
+                .unwrap_or_else(|| self.record.decision.prompt_tokens.into()),
+            output_tokens: self.usage.completion_tokens.unwrap_or(self.all_pieces),
+            blocks: self.expected.blocks.clone(),
+            cached_tokens: self.usage.cached_tokens,
+            first_byte_ms,
+            outcome: self.outcome.name(),
+        });
+    }
+
     /// Whether this is one of the requests whose tokens are proven by the engine's events.
     fn is_proof(&self) -> bool {
         let sequence = self.record.id.sequence;
@@ -255,6 +281,7 @@ impl Drop for InFlight {
             End { outcome: self.outcome.name(), status: self.status, first_byte_ms, whole_ms: ms(whole) };
         self.record.course.lock().unwrap_or_else(PoisonError::into_inner).end = Some(end);
         self.audit();
+        self.tell_recorders(first_byte_ms);
         tracing::info!(
             id = %self.record.id,
             path = &*self.record.path,

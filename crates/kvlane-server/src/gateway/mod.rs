@@ -23,6 +23,7 @@ mod snapshot;
 mod split;
 mod status;
 mod table;
+mod traffic;
 mod upstream;
 mod usage;
 
@@ -39,6 +40,7 @@ use self::known_blocks::KnownBlocks;
 use self::plan::Ask;
 use self::prompts::Prompts;
 use self::routes::{Route, route};
+use self::traffic::Traffic;
 use crate::audit::{Auditor, Case, Cause, Evidence, Witness};
 use crate::explain::Ring;
 use crate::fleet::Fleet;
@@ -113,6 +115,7 @@ pub(crate) struct Gateway {
     desk: Desk,
     prompts: Arc<Prompts>,
     admission: Admission,
+    traffic: Traffic,
     known_blocks: KnownBlocks,
     explanations: Ring,
     auditor: Auditor,
@@ -161,6 +164,8 @@ impl Gateway {
                 Rng::new(seed),
             ),
             admission: Admission::new(queue),
+            // Apart from the random choices, which a patient client can watch.
+            traffic: Traffic::new(xxhash_rust::xxh3::xxh3_64(&seed.to_le_bytes())),
             prompts,
             known_blocks: KnownBlocks::new(),
             explanations: Ring::new((seed >> 32) as u32 ^ seed as u32),
@@ -233,6 +238,7 @@ impl Gateway {
             Route::Metrics => Ok(self.metrics_text()),
             Route::Workers => Ok(self.workers()),
             Route::Explain => self.explanation(path),
+            Route::Traffic => self.record(head.uri.query().unwrap_or_default()),
             Route::Snapshot => self.snapshot(head.uri.query().unwrap_or_default()).await,
         };
         answered.unwrap_or_else(|error| {

@@ -28,6 +28,8 @@ pub(crate) enum Route {
     Explain,
     /// What one rank holds, for another router.
     Snapshot,
+    /// What passes, without its content.
+    Traffic,
     /// Changes an engine for everybody.
     Admin,
     /// Everything else of the engines: routed by load.
@@ -149,6 +151,7 @@ pub(crate) fn route(method: &hyper::Method, path: &str) -> Route {
         "/metrics" if get => Route::Metrics,
         "/kvlane/workers" if get => Route::Workers,
         "/kvlane/snapshot" if get => Route::Snapshot,
+        "/kvlane/traffic" if get => Route::Traffic,
         "/kvlane/explain" if post => Route::DryRun,
         _ if get && path.starts_with(EXPLAIN_PREFIX) => Route::Explain,
         _ if get && path.starts_with(MODEL_PREFIX) => Route::Model,
@@ -189,6 +192,7 @@ mod tests {
             (Method::GET, "/metrics", Route::Metrics),
             (Method::POST, "/kvlane/explain", Route::DryRun),
             (Method::GET, "/kvlane/explain/abc", Route::Explain),
+            (Method::GET, "/kvlane/traffic", Route::Traffic),
             (Method::GET, "/kvlane/snapshot", Route::Snapshot),
             (Method::POST, "/v1/embeddings", Route::Other),
             (Method::POST, "/tokenize", Route::Other),

@@ -1,7 +1,7 @@
 //! Readers of the public trace formats, plain or gzip.
 //!
 //! Mooncake JSONL is the common base: `timestamp` (ms), `input_length`, `output_length`, `hash_ids`, with `session_id` and `delay` (ms after the
-//! previous answer) for sessions. Its block size is never in the file. The trap is what a later turn's `input_length` means; see [`PromptMode`].
+//! previous answer) for sessions. Its block size is in the file only if `kvlane record` wrote it. The trap is what a later turn's `input_length` means; see [`PromptMode`].
 
 use super::{Start, Trace};
 use serde::Deserialize;
@@ -262,6 +262,8 @@ struct MooncakeRow {
     #[serde(default)]
     hash_ids: Vec<u64>,
     session_id: Option<SessionKey>,
+    /// Only in what `kvlane record` writes.
+    block_size: Option<u32>,
 }
 
 #[derive(Deserialize, Clone, PartialEq, Eq, Hash)]
@@ -286,6 +288,9 @@ struct Mooncake {
     sessions: Interner<SessionKey>,
     before: HashMap<u32, Before>,
     alone: u32,
+    /// What the rows say, unless the caller knows better.
+    said_block_tokens: Option<u32>,
+    told_block_tokens: bool,
 }
 
 impl Mooncake {
@@ -297,6 +302,8 @@ impl Mooncake {
             sessions: Interner::default(),
             before: HashMap::new(),
             alone: 0,
+            said_block_tokens: None,
+            told_block_tokens: options.block_tokens.is_some(),
         }
     }
 }
@@ -304,6 +311,12 @@ impl Mooncake {
 impl Rows for Mooncake {
     fn line(&mut self, line: &str) -> Result<(), RowError> {
         let row: MooncakeRow = json(line)?;
+        if let Some(tokens) = row.block_size.filter(|n| *n > 0 && !self.told_block_tokens) {
+            if *self.said_block_tokens.get_or_insert(tokens) != tokens {
+                return Err(RowError::Why("its block size differs from that of the rows before".to_owned()));
+            }
+            self.trace.block_tokens = tokens;
+        }
         let mut blocks = Vec::with_capacity(row.hash_ids.len());
         for id in &row.hash_ids {
             blocks.push(self.ids.number(*id)?);

@@ -24,7 +24,7 @@ mod rank;
 mod server;
 mod stream;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod tokenizer;
 
 pub(crate) use faults::Faults;

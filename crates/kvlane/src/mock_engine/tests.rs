@@ -26,11 +26,16 @@ struct Cli {
     args: Args,
 }
 
-/// A mock that takes no time, with these arguments.
-async fn mock(arguments: &[&str]) -> (MockEngine, Client) {
+/// The settings of a mock that takes no time, with these arguments.
+pub(crate) fn config(arguments: &[&str]) -> Config {
     let fixed = ["mock", "--listen", "127.0.0.1:0", "--block-size", "32", "--speed", "0"];
     let cli = Cli::try_parse_from(fixed.iter().chain(arguments)).expect("valid arguments");
-    let engine = MockEngine::start(Config::from(cli.args)).await.expect("free ports");
+    Config::from(cli.args)
+}
+
+/// A mock that takes no time, with these arguments.
+async fn mock(arguments: &[&str]) -> (MockEngine, Client) {
+    let engine = MockEngine::start(config(arguments)).await.expect("free ports");
     let client = Client::new(engine.url());
     (engine, client)
 }

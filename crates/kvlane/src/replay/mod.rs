@@ -2,10 +2,12 @@
 //!
 //! So the same trace can be simulated, replayed against mock engines and replayed against real ones, and the three compared.
 
-mod client;
+pub(crate) mod client;
 mod drive;
 mod prompts;
 mod report;
+#[cfg(test)]
+pub(crate) mod tests;
 
 use crate::source::{Source, parse_positive};
 use anyhow::Context;
