@@ -38,9 +38,9 @@ impl Pin {
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Wishes<'a> {
     /// Labels (`key=value`) that its worker must have.
-    pub required: &'a [&'a str],
+    pub required: &'a [Box<str>],
     /// Labels that its worker should have, each with the milliseconds that it is worth; only policies that decide in milliseconds weigh them.
-    pub preferred: &'a [(&'a str, f64)],
+    pub preferred: &'a [(Box<str>, f64)],
     /// Only these workers may serve it; `None` = any.
     pub allowed: Option<&'a [Worker]>,
 }

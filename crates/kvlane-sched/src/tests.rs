@@ -420,7 +420,8 @@ fn wishes_filter_or_weigh() {
     let s = scheduler("kv");
     let mut rng = Rng::new(1);
     let mut request = Request::new(RequestId(1), 1000);
-    request.wishes.required = &["zone=west"];
+    let required = ["zone=west".into()];
+    request.wishes.required = &required;
     let d = decide(&s, &request, &candidates, &mut rng);
     assert_eq!((d.order.len(), d.rows[0].filtered), (2, Some(FilterReason::MissingLabel)));
     let allowed = [Worker::new(2, 0)];
@@ -429,7 +430,8 @@ fn wishes_filter_or_weigh() {
     assert_eq!((d.order.as_slice(), d.rows[1].filtered), (&allowed[..], Some(FilterReason::NotAllowed)));
 
     // A preference is worth its milliseconds and no more: here less than the cached prefix elsewhere.
-    request.wishes = Wishes { preferred: &[("gpu=h200", 5.0)], ..Wishes::default() };
+    let preferred = [("gpu=h200".into(), 5.0)];
+    request.wishes = Wishes { preferred: &preferred, ..Wishes::default() };
     assert_eq!(decide(&s, &request, &candidates, &mut rng).order[0], Worker::new(0, 0));
     candidates[1].overlap.device = 992;
     assert_eq!(decide(&s, &request, &candidates, &mut rng).order[0], Worker::new(1, 0));

@@ -16,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Base URL of an engine, such as http://10.0.0.1:8000; repeat for each one. What the engine does not say of itself can follow:
-    /// URL,kv-events=tcp://HOST:PORT,replay=tcp://HOST:PORT,topic=TEXT,block-size=TOKENS,ranks=COUNT,http=2.
+    /// URL,kv-events=tcp://HOST:PORT,replay=tcp://HOST:PORT,topic=TEXT,block-size=TOKENS,ranks=COUNT,http=2; so can
+    /// label=KEY=VALUE, which requests ask for by x-kvlane-require.
     #[arg(long = "worker", value_name = "URL", required = true)]
     workers: Vec<WorkerSpec>,
 
@@ -24,8 +25,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "HOST:PORT", default_value = "0.0.0.0:8080")]
     listen: SocketAddr,
 
-    /// How workers are chosen: kv, round-robin, random or least-loaded. All but kv are blind to the caches and need neither tokenizer
-    /// nor events.
+    /// How workers are chosen: kv, round-robin, random, least-loaded, power-of-two, consistent-hash, sticky-session or reference. All but kv and
+    /// reference are blind to the caches and need neither tokenizer nor events.
     #[arg(long, value_name = "NAME", default_value = NAMES[0])]
     policy: String,
 

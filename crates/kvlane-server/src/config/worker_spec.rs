@@ -1,6 +1,6 @@
 //! One `--worker` argument: a base URL, and what probing could not learn by itself.
 //!
-//! `URL[,kv-events=tcp://HOST:PORT|none][,replay=tcp://HOST:PORT|none][,topic=TEXT][,block-size=N][,ranks=N][,http=1|2]`
+//! `URL[,kv-events=tcp://HOST:PORT|none][,replay=tcp://HOST:PORT|none][,topic=TEXT][,block-size=N][,ranks=N][,http=1|2][,label=KEY=VALUE]…`
 //!
 //! A URL alone is the normal case. Every other part overrides what the engine says about itself, and the message
 //! of a failed probe names the part that would help.
@@ -39,7 +39,12 @@ pub struct WorkerSpec {
     pub ranks: Option<u32>,
     /// How requests are sent.
     pub http: HttpVersion,
+    /// What requests may ask for, each `key=value` (zone, rack, GPU kind).
+    pub labels: Vec<Box<str>>,
 }
+
+/// Labels that one worker may have.
+const LABELS_MAX: usize = 16;
 
 /// How requests are sent to an engine. Nothing but the operator says so: an engine's usual server (uvicorn) takes the first bytes of HTTP/2 for an
 /// error, so it is not tried out.
@@ -72,6 +77,8 @@ pub enum WorkerSpecError {
     Number(&'static str, String),
     /// `http=` is neither 1 nor 2.
     Http(String),
+    /// `label=` is not KEY=VALUE, or there are too many.
+    Label(String),
 }
 
 impl fmt::Display for WorkerSpecError {
@@ -82,7 +89,7 @@ impl fmt::Display for WorkerSpecError {
             Self::Part(s) => write!(
                 f,
                 "`{s}` is not understood: after the URL come kv-events=tcp://HOST:PORT, replay=tcp://HOST:PORT, \
-                 topic=TEXT, block-size=TOKENS, ranks=COUNT, http=1|2"
+                 topic=TEXT, block-size=TOKENS, ranks=COUNT, http=1|2, label=KEY=VALUE"
             ),
             Self::Repeated(s) => write!(f, "`{s}` is given twice"),
             Self::Endpoint(name, error) => write!(f, "{name}: {error} (or {name}=none)"),
@@ -91,6 +98,9 @@ impl fmt::Display for WorkerSpecError {
                     f,
                     "http: `{s}` is not understood: write http=1, or http=2 where the engine speaks HTTP/2 without TLS"
                 )
+            }
+            Self::Label(s) => {
+                write!(f, "label: `{s}` is not KEY=VALUE without `@`, or there are more than {LABELS_MAX}")
             }
             Self::Number(name, s) => {
                 let max = if *name == "ranks" { RANKS_MAX } else { u32::MAX };
@@ -113,6 +123,7 @@ impl WorkerSpec {
             block_size: None,
             ranks: None,
             http: HttpVersion::default(),
+            labels: Vec::new(),
         })
     }
 
@@ -153,7 +164,7 @@ impl FromStr for WorkerSpec {
         for part in parts {
             let (name, value) =
                 part.trim().split_once('=').ok_or_else(|| WorkerSpecError::Part(part.to_owned()))?;
-            if seen.contains(&name) {
+            if name != "label" && seen.contains(&name) {
                 return Err(WorkerSpecError::Repeated(name.to_owned()));
             }
             seen.push(name);
@@ -177,6 +188,17 @@ impl FromStr for WorkerSpec {
                         "2" => HttpVersion::Http2,
                         _ => return Err(WorkerSpecError::Http(value.to_owned())),
                     };
+                }
+                "label" => {
+                    let (key, worth) = value.split_once('=').unwrap_or_default();
+                    if key.is_empty()
+                        || worth.is_empty()
+                        || value.contains('@')
+                        || spec.labels.len() == LABELS_MAX
+                    {
+                        return Err(WorkerSpecError::Label(value.to_owned()));
+                    }
+                    spec.labels.push(value.into());
                 }
                 _ => return Err(WorkerSpecError::Part(part.to_owned())),
             }
@@ -224,6 +246,8 @@ mod tests {
         assert_eq!(spec.block_size, BlockSize::new(32));
         assert_eq!(spec.ranks, Some(2));
         assert_eq!(spec.http, HttpVersion::Http2);
+        let spec = parse("http://h:1,label=zone=a,label=gpu=h100").unwrap();
+        assert_eq!(spec.labels.iter().map(|l| &**l).collect::<Vec<_>>(), ["zone=a", "gpu=h100"]);
     }
 
     #[test]
@@ -242,6 +266,8 @@ mod tests {
             ("http://h:1,ranks=5000", "1024"),
             ("http://h:1,ranks=1,ranks=1", "twice"),
             ("http://h:1,http=3", "http=2"),
+            ("http://h:1,label=zone", "KEY=VALUE"),
+            ("http://h:1,label==a", "KEY=VALUE"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.contains(hint), "{text}: {error}");

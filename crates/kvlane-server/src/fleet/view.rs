@@ -69,6 +69,8 @@ pub struct Instance {
     pub base: http::Uri,
     /// How requests are sent there.
     pub http: HttpVersion,
+    /// What requests may ask for, `key=value`.
+    pub labels: Vec<Box<str>>,
     /// Whether requests may go there.
     pub health: Health,
     /// Since when it is in this health state.

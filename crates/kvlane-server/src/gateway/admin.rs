@@ -19,6 +19,7 @@ use hyper::{Request, StatusCode, Uri};
 use serde_json::{Value, json};
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// Waiting for one engine: loading an adapter or falling asleep takes a while.
@@ -27,17 +28,40 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 
 impl Gateway {
+    /// `POST /kvlane/drain` with `x-kvlane-worker: HOST:PORT`: that engine finishes what it has and gets nothing new, until `DELETE` of the same, or a
+    /// restart of this router.
+    pub(super) fn drain_worker(&self, head: &Parts) -> Result<Response, ClientError> {
+        self.only_if_admin()?;
+        let table = self.table.load();
+        let name = head.headers.get(&X_WORKER).map_or(&b""[..], |name| name.as_bytes());
+        let named = table.upstreams().iter().find(|u| u.name.as_bytes() == name).ok_or_else(|| {
+            ClientError::bad_request(
+                "`x-kvlane-worker: HOST:PORT` must name the worker; see /kvlane/workers for their names.",
+            )
+        })?;
+        let draining = head.method == hyper::Method::POST;
+        named.draining.store(draining, Ordering::Relaxed);
+        tracing::info!(worker = named.name, draining, "told to");
+        self.admission.room_may_be();
+        Ok(status::json(StatusCode::OK, &json!({ "worker": named.name, "draining": draining })))
+    }
+
+    fn only_if_admin(&self) -> Result<(), ClientError> {
+        if self.allow_admin {
+            return Ok(());
+        }
+        Err(ClientError {
+            code: Some("admin_not_allowed"),
+            ..ClientError::new(
+                StatusCode::FORBIDDEN,
+                "This path changes or shows the inside of an engine and is closed; start kvlane with --allow-admin to open it.",
+            )
+        })
+    }
+
     /// A request of an administrative path.
     pub(super) async fn admin(&self, head: &Parts, body: Incoming) -> Result<Response, ClientError> {
-        if !self.allow_admin {
-            return Err(ClientError {
-                code: Some("admin_not_allowed"),
-                ..ClientError::new(
-                    StatusCode::FORBIDDEN,
-                    "This path changes or shows the inside of an engine and is closed; start kvlane with --allow-admin to open it.",
-                )
-            });
-        }
+        self.only_if_admin()?;
         let body = body::read(body, self.max_body_bytes).await?;
         let table = self.table.load_full();
         if let Some(name) = head.headers.get(&X_WORKER) {

@@ -54,6 +54,8 @@ pub(crate) struct Expected {
     pub prediction: Option<Prediction>,
     /// Why the response cannot be compared with the prediction, if so.
     pub unaudited: Option<&'static str>,
+    /// Stands for the adapter that the request needs.
+    pub adapter: Option<u64>,
     /// The worker's event stream at the decision.
     pub evidence: Evidence,
     /// The prompt's blocks in the worker's partition.
@@ -91,13 +93,23 @@ impl InFlight {
 
     /// The request is now booked at another worker.
     pub(super) fn moved(&mut self, upstream: Arc<Upstream>, worker: Worker, expected: Expected) {
+        self.leaves_worker();
         self.upstream = upstream;
         self.worker = worker;
         self.expected = expected;
         self.note_worker();
     }
 
+    fn leaves_worker(&self) {
+        if let Some(adapter) = self.expected.adapter {
+            self.upstream.adapters.ended(self.worker.rank, adapter);
+        }
+    }
+
     fn note_worker(&self) {
+        if let Some(adapter) = self.expected.adapter {
+            self.upstream.adapters.began(self.worker.rank, adapter);
+        }
         let predicted = self.expected.prediction.map(|p| p.cached_tokens);
         let mut course = self.record.course.lock().unwrap_or_else(PoisonError::into_inner);
         course.worker = Some((self.worker, predicted));
@@ -169,7 +181,7 @@ impl InFlight {
     }
 
     fn audit(&self) {
-        let Expected { prediction, unaudited, evidence, blocks } = &self.expected;
+        let Expected { prediction, unaudited, evidence, blocks, adapter: _ } = &self.expected;
         let actual = self.usage.cached_tokens.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         let reason = match (self.outcome, unaudited, prediction, actual) {
             (Outcome::ClientGone, ..) => Some("client-gone"),
@@ -270,6 +282,7 @@ impl Drop for InFlight {
         // An engine that counts what it generated has told more than pieces can.
         let untold = if self.usage.completion_tokens.is_some() { 0 } else { pieces };
         self.gateway.desk.tell(id, Report::End(untold));
+        self.leaves_worker();
         self.gateway.admission.room_may_be();
         self.gateway.metrics.in_flight.dec();
         let whole = self.arrived.elapsed();

@@ -4,6 +4,7 @@
 //! ([`prompts`]); the index says who holds its beginning, the scheduler decides and books ([`plan`]); the original bytes are sent, to the next
 //! candidate if the first gives no byte ([`forward`]); an [`inflight::InFlight`] releases what it held, whatever ends it.
 
+mod adapters;
 mod admin;
 mod admission;
 mod body;
@@ -26,6 +27,7 @@ mod table;
 mod traffic;
 mod upstream;
 mod usage;
+mod wishes;
 
 pub(crate) use plan::ledger_ids;
 pub use prompts::TokenizerSetting;
@@ -230,6 +232,7 @@ impl Gateway {
             Route::Completions => self.serve(arrived, &head, body, Some(Endpoint::Completions)).await,
             Route::Other => self.serve(arrived, &head, body, None).await,
             Route::Admin => self.admin(&head, body).await,
+            Route::Drain => self.drain_worker(&head),
             Route::DryRun => self.dry_run(arrived, &head, body).await,
             Route::Models => Ok(self.models()),
             Route::Model => self.model(path),

@@ -5,6 +5,7 @@ use super::error::ClientError;
 use super::inflight::{Expected, InFlight};
 use super::known_blocks::KnownBlocks;
 use super::prompts::{Known, Refused, Tokenized};
+use super::wishes::Wanted;
 use super::{Gateway, PromptBlocks, Table, Upstream, shadow};
 use crate::audit::{Evidence, Prediction};
 use crate::explain::{Course, Id, Record, Tokens};
@@ -14,8 +15,9 @@ use hyper::header::HeaderMap;
 use kvlane_index::hash::{Namespace, Scheme};
 use kvlane_index::{BlockHash, Overlap, Overlaps, Worker};
 use kvlane_prompt::{Endpoint, RequestFields};
-use kvlane_sched::{Candidate, Decision, OverlapTokens, Pin, Reject, Request, RequestId, Wishes};
+use kvlane_sched::{Adapter, Candidate, Decision, OverlapTokens, Reject, Request, RequestId};
 use std::borrow::Cow;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
@@ -46,6 +48,10 @@ pub(crate) struct Ask<'a> {
 /// What was found out about a request, enough to decide (again) and to book.
 #[derive(Debug)]
 pub(crate) struct Plan {
+    /// Where it must or would rather go.
+    wanted: Arc<Wanted>,
+    /// Stands for the adapter that it needs.
+    adapter: Option<u64>,
     /// When the request's head was read.
     pub arrived: Instant,
     path: Arc<str>,
@@ -69,7 +75,6 @@ pub(crate) struct Plan {
     model: u64,
     max_output_tokens: Option<u32>,
     streams: bool,
-    pinned: Option<Pin>,
     session: Option<u64>,
     ledger_ids: Vec<u64>,
     ledger_id_tokens: u32,
@@ -104,6 +109,7 @@ impl Gateway {
     /// Finds out about a request. Errors are for the client.
     pub(super) async fn plan(&self, ask: &Ask<'_>) -> Result<Plan, ClientError> {
         let table = self.table.load_full();
+        let wanted = Wanted::of(ask.headers, &table)?;
         let serving = self.serving(&table, ask.fields)?;
         let tokenized = match ask.fields {
             _ if !self.cache_aware => Tokenized::unknown("blind-policy"),
@@ -121,8 +127,12 @@ impl Gateway {
         let prompt_tokens = total(&tokenized);
         let longest_prompt = tokenized.prompts.iter().map(|p| p.tokens.len() as u64).max().unwrap_or(0);
         let serving = self.long_enough(serving, ask.fields, longest_prompt)?;
-        let pinned = ask.headers.get("x-data-parallel-rank").map(rank_pin).transpose()?;
+        let model = ask.fields.and_then(|f| f.model.as_deref());
+        let is_adapter =
+            |model: &str| serving.iter().any(|i| i.model(model).is_some_and(|m| m.parent.is_some()));
         let mut plan = Plan {
+            wanted: Arc::new(wanted),
+            adapter: model.filter(|model| is_adapter(model)).map(|model| xxh3_64(model.as_bytes())),
             arrived: ask.arrived,
             path: ask.path.into(),
             fields: ask.fields.map(Arc::clone),
@@ -134,13 +144,12 @@ impl Gateway {
             tokens: tokenized.from,
             prompt_tokens,
             prompt_bytes: ask.body_bytes as u64,
-            model: ask.fields.and_then(|f| f.model.as_deref()).map_or(0, |m| xxh3_64(m.as_bytes())),
+            model: model.map_or(0, |m| xxh3_64(m.as_bytes())),
             max_output_tokens: ask
                 .fields
                 .and_then(|f| f.max_tokens)
                 .map(|n| u32::try_from(n).unwrap_or(u32::MAX)),
             streams: ask.fields.is_some_and(|f| f.stream),
-            pinned,
             session: ask
                 .fields
                 .and_then(|f| f.session_id.as_deref().map(str::as_bytes))
@@ -299,7 +308,7 @@ impl Gateway {
             Ok(None) => return Ok(None),
             Err(Reject::PinnedAbsent) => {
                 return Err(ClientError::bad_request(
-                    "`X-data-parallel-rank` names a rank that no worker of this model has.",
+                    "`X-data-parallel-rank` or `x-kvlane-worker` names a worker that does not serve this model now; see /kvlane/workers.",
                 ));
             }
             Err(Reject::NoWorkers | Reject::NoneEligible) => {
@@ -444,8 +453,8 @@ impl Plan {
             expected_output_tokens: None,
             max_output_tokens: self.max_output_tokens,
             streams: self.streams,
-            pinned: self.pinned,
-            wishes: Wishes::default(),
+            pinned: self.wanted.pinned,
+            wishes: self.wanted.wishes(),
             priority: self.turn.priority,
             session: self.session,
             blocks: &self.ledger_ids,
@@ -458,13 +467,28 @@ impl Plan {
         self.candidates
             .iter()
             .map(|offer| Candidate {
-                overlap: offer.overlap.as_ref().map_or_else(OverlapTokens::default, |overlap| {
-                    OverlapTokens::from_blocks(overlap, self.upstream(offer).profile.block_size_tokens)
-                }),
+                overlap: self.overlap(offer),
                 trust: offer.trust,
+                adapter: match self.adapter {
+                    None => Adapter::NotNeeded,
+                    Some(adapter)
+                        if self.upstream(offer).adapters.is_resident(offer.worker.rank, adapter) =>
+                    {
+                        Adapter::Resident
+                    }
+                    Some(_) => Adapter::Absent,
+                },
+                draining: self.upstream(offer).draining.load(Ordering::Relaxed),
                 ..Candidate::new(offer.worker, &self.upstream(offer).profile)
             })
             .collect()
+    }
+
+    /// What the worker of `offer` need not compute.
+    fn overlap(&self, offer: &Offer) -> OverlapTokens {
+        offer.overlap.as_ref().map_or_else(OverlapTokens::default, |overlap| {
+            OverlapTokens::from_blocks(overlap, self.upstream(offer).profile.block_size_tokens)
+        })
     }
 
     /// What the index promises of the worker of `offer`; `None` where it knows nothing of the prompt.
@@ -490,6 +514,7 @@ impl Plan {
         Expected {
             prediction,
             unaudited: self.unaudited,
+            adapter: self.adapter,
             evidence: if prediction.is_some() {
                 self.table.evidence(offer.worker)
             } else {
@@ -506,13 +531,7 @@ impl Plan {
 
     /// Equal for requests that may go to the same workers: none of them passes another.
     pub(super) fn lane(&self) -> u64 {
-        let pin = match self.pinned {
-            None => 0,
-            Some(Pin::Rank(rank)) => u64::from(rank) + 1,
-            Some(Pin::Instance(instance)) => xxh3_64(&instance.0.to_le_bytes()),
-            Some(Pin::Worker(worker)) => xxh3_64(worker.to_string().as_bytes()),
-        };
-        self.model ^ pin.rotate_left(32)
+        self.model ^ self.wanted.lane()
     }
 
     /// Whether it may wait in the router: what no engine computes a prompt for passes at once.
@@ -572,15 +591,6 @@ fn session_header(headers: &HeaderMap) -> Option<&[u8]> {
         .filter_map(|name| headers.get(*name))
         .map(hyper::header::HeaderValue::as_bytes)
         .find(|v| !v.is_empty())
-}
-
-fn rank_pin(value: &hyper::header::HeaderValue) -> Result<Pin, ClientError> {
-    value
-        .to_str()
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .map(Pin::Rank)
-        .ok_or_else(|| ClientError::bad_request("`X-data-parallel-rank` must be a number."))
 }
 
 /// The blocks of a prompt as the engines of `partition` cut them.

@@ -22,6 +22,8 @@ pub(crate) enum Route {
     Metrics,
     /// The workers and what is known of them.
     Workers,
+    /// Sends a worker nothing new, or again.
+    Drain,
     /// A dry run.
     DryRun,
     /// What was decided for the request of the id that follows.
@@ -153,6 +155,7 @@ pub(crate) fn route(method: &hyper::Method, path: &str) -> Route {
         "/kvlane/snapshot" if get => Route::Snapshot,
         "/kvlane/traffic" if get => Route::Traffic,
         "/kvlane/explain" if post => Route::DryRun,
+        "/kvlane/drain" if post || method == hyper::Method::DELETE => Route::Drain,
         _ if get && path.starts_with(EXPLAIN_PREFIX) => Route::Explain,
         _ if get && path.starts_with(MODEL_PREFIX) => Route::Model,
         _ if is_admin(path) => Route::Admin,
@@ -192,6 +195,7 @@ mod tests {
             (Method::GET, "/metrics", Route::Metrics),
             (Method::POST, "/kvlane/explain", Route::DryRun),
             (Method::GET, "/kvlane/explain/abc", Route::Explain),
+            (Method::DELETE, "/kvlane/drain", Route::Drain),
             (Method::GET, "/kvlane/traffic", Route::Traffic),
             (Method::GET, "/kvlane/snapshot", Route::Snapshot),
             (Method::POST, "/v1/embeddings", Route::Other),

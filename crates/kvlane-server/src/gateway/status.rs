@@ -16,6 +16,7 @@ use kvlane_sched::RequestId;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// A worker that has been replaying for longer does not keep the router from being ready: its knowledge comes in as it may.
@@ -141,6 +142,8 @@ impl Gateway {
             let common = json!({
                 "url": instance.base.to_string(),
                 "health": instance.health.name(),
+                "draining": table.upstream(instance.id).is_some_and(|u| u.draining.load(Ordering::Relaxed)),
+                "labels": instance.labels,
                 "health_reason": instance.health.reason(),
                 "engine": facts.map(|f| f.engine.name()),
                 "version": facts.and_then(|f| f.version.as_deref()),

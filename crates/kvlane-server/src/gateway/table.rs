@@ -3,6 +3,7 @@
 //! A [`FleetView`] says what is known of the engines; beside each of them lie here its connections, its counters and
 //! the texts that would otherwise be formatted for every request.
 
+use super::adapters::Adapters;
 use super::upstream::Pool;
 use crate::audit::Evidence;
 use crate::fleet::{Fleet, FleetView, Instance, Trust};
@@ -12,6 +13,7 @@ use hyper::header::HeaderValue;
 use kvlane_index::{InstanceId, Worker};
 use kvlane_sched::{EngineLimits, Profile};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// The fleet and its connections at one moment.
 #[derive(Debug, Default)]
@@ -35,6 +37,10 @@ pub(crate) struct Upstream {
     pub pool: Arc<Pool>,
     /// Its counters.
     pub metrics: WorkerMetrics,
+    /// Whether it gets nothing new; outlives the table.
+    pub draining: Arc<AtomicBool>,
+    /// Which adapters are in its memory.
+    pub adapters: Arc<Adapters>,
     /// What the scheduler needs of each of its workers.
     pub profile: Profile,
     /// By rank.
@@ -68,15 +74,16 @@ impl Table {
             .instances
             .iter()
             .filter_map(|instance| {
-                let kept = before.upstream(instance.id).map(|u| (Arc::clone(&u.pool), u.metrics.clone()));
-                let (pool, counters) = match kept {
-                    Some(kept) => kept,
-                    None => (
-                        Pool::new(instance.base.authority()?, instance.http),
-                        metrics.worker(instance.name()),
-                    ),
+                let kept = match before.upstream(instance.id) {
+                    Some(upstream) => Kept::of(upstream),
+                    None => Kept {
+                        pool: Pool::new(instance.base.authority()?, instance.http),
+                        metrics: metrics.worker(instance.name()),
+                        draining: Arc::default(),
+                        adapters: Arc::default(),
+                    },
                 };
-                Some(Arc::new(Upstream::new(instance, pool, counters, fleet)))
+                Some(Arc::new(Upstream::new(instance, kept, fleet)))
             })
             .collect();
         Self { view, upstreams }
@@ -111,8 +118,27 @@ impl Table {
     }
 }
 
+/// What an engine keeps from one table to the next.
+struct Kept {
+    pool: Arc<Pool>,
+    metrics: WorkerMetrics,
+    draining: Arc<AtomicBool>,
+    adapters: Arc<Adapters>,
+}
+
+impl Kept {
+    fn of(upstream: &Upstream) -> Self {
+        Self {
+            pool: Arc::clone(&upstream.pool),
+            metrics: upstream.metrics.clone(),
+            draining: Arc::clone(&upstream.draining),
+            adapters: Arc::clone(&upstream.adapters),
+        }
+    }
+}
+
 impl Upstream {
-    fn new(instance: &Instance, pool: Arc<Pool>, metrics: WorkerMetrics, fleet: &Fleet) -> Self {
+    fn new(instance: &Instance, Kept { pool, metrics, draining, adapters }: Kept, fleet: &Fleet) -> Self {
         let name = instance.name().to_owned();
         let several = instance.ranks.len() > 1;
         let ranks = instance
@@ -141,8 +167,9 @@ impl Upstream {
             kv_blocks: facts.and_then(|f| f.capacity_blocks).and_then(|b| u32::try_from(b).ok()),
             ..EngineLimits::default()
         };
+        profile.labels.clone_from(&instance.labels);
         let prefix = instance.base.path().trim_end_matches('/').to_owned();
-        Self { id: instance.id, name, prefix, pool, metrics, profile, ranks }
+        Self { id: instance.id, name, prefix, pool, metrics, draining, adapters, profile, ranks }
     }
 
     /// The facts of one rank.

@@ -15,6 +15,7 @@ mod engine;
 mod h2;
 mod parity;
 mod shadow;
+mod wishes;
 
 use client::{bytes, header, json, router};
 use engine::{Act, Engine, MODELS};
