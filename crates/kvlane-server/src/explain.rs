@@ -5,7 +5,7 @@
 //! and no lock that another request wants.
 
 use crate::audit::Audit;
-use crate::gateway::Table;
+use crate::gateway::{Handover, Table};
 use kvlane_index::Worker;
 use kvlane_sched::shadow::Choice;
 use kvlane_sched::{Decision, FilterReason, Row};
@@ -123,6 +123,8 @@ pub(crate) struct Record {
     pub decision: Decision,
     /// What policies that look on would have chosen.
     pub shadows: Vec<Onlooker>,
+    /// Whether its prompt was computed elsewhere.
+    pub handover: Handover,
     /// The fleet as it was then; knows the workers' names.
     pub table: Arc<Table>,
     /// What happened since.
@@ -173,6 +175,7 @@ impl Record {
             "picked_because": decision.picked_because.to_string(),
             "unit": decision.unit,
             "candidates": candidates(decision, &self.table),
+            "prefill": self.handover.json(),
             "shadows": self.shadows.iter()
                 .map(|s| json!({
                     "policy": s.policy,
@@ -279,6 +282,7 @@ mod tests {
             waited_ms: 0.0,
             decision: Decision::default(),
             shadows: Vec::new(),
+            handover: Handover::NotOffered,
             table: Arc::default(),
             course: Mutex::default(),
             audit: OnceLock::new(),

@@ -184,6 +184,7 @@ pub(crate) struct Metrics {
     predicted_cached_tokens: Family<OfWorker, Counter>,
     cached_tokens: Family<OfWorker, Counter>,
     audits: Family<Audits, Counter>,
+    handovers: Family<Reasons, Counter>,
     choices: Family<Choices, Counter>,
     choices_cached_tokens: Family<OfPolicy, Counter>,
     choices_cost: Family<OfPolicy, Counter<f64, AtomicU64>>,
@@ -225,6 +226,11 @@ impl Metrics {
                 r,
                 "audits",
                 "Predictions against the engines' cached_tokens, by result and cause",
+            ),
+            handovers: family(
+                r,
+                "prefill_handovers",
+                "Where workers are set aside for prefill: requests by what became of the hand-over",
             ),
             choices: family(
                 r,
@@ -274,6 +280,11 @@ impl Metrics {
     /// Counts a request that was answered here with an error.
     pub(crate) fn rejected(&self, reason: &'static str) {
         self.rejected.get_or_create(&Reasons { reason }).inc();
+    }
+
+    /// Counts what became of a hand-over.
+    pub(crate) fn handed_over(&self, reason: &'static str) {
+        self.handovers.get_or_create(&Reasons { reason }).inc();
     }
 
     /// Counts a choice of the acting policy, or of one that looks on.

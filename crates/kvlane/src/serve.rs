@@ -1,5 +1,8 @@
 //! `kvlane serve`: the router as a process.
 
+#[cfg(test)]
+mod tests;
+
 use anyhow::Context;
 use kvlane_sched::Policy;
 use kvlane_sched::policy::NAMES;
@@ -17,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 pub(crate) struct Args {
     /// Base URL of an engine, such as http://10.0.0.1:8000; repeat for each one. What the engine does not say of itself can follow:
     /// URL,kv-events=tcp://HOST:PORT,replay=tcp://HOST:PORT,topic=TEXT,block-size=TOKENS,ranks=COUNT,http=2; so can
-    /// label=KEY=VALUE, which requests ask for by x-kvlane-require.
+    /// role=prefill (computes prompts for the others; needs a KV connector) and label=KEY=VALUE, which requests ask for by x-kvlane-require.
     #[arg(long = "worker", value_name = "URL", required = true)]
     workers: Vec<WorkerSpec>,
 

@@ -39,6 +39,7 @@ fn case(actual: u32) -> Case {
         waited_ms: 0.0,
         decision: kvlane_sched::Decision::default(),
         shadows: Vec::new(),
+        handover: crate::gateway::Handover::NotOffered,
         table: Arc::default(),
         course: Mutex::default(),
         audit: std::sync::OnceLock::new(),

@@ -8,4 +8,4 @@ mod worker_spec;
 
 pub use endpoint::{Endpoint, EndpointError};
 pub(crate) use worker_spec::RANKS_MAX;
-pub use worker_spec::{EventsSetting, HttpVersion, WorkerSpec, WorkerSpecError};
+pub use worker_spec::{EventsSetting, HttpVersion, Role, WorkerSpec, WorkerSpecError};

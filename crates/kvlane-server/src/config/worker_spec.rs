@@ -1,6 +1,6 @@
 //! One `--worker` argument: a base URL, and what probing could not learn by itself.
 //!
-//! `URL[,kv-events=tcp://HOST:PORT|none][,replay=tcp://HOST:PORT|none][,topic=TEXT][,block-size=N][,ranks=N][,http=1|2][,label=KEY=VALUE]…`
+//! `URL[,kv-events=tcp://HOST:PORT|none][,replay=tcp://HOST:PORT|none][,topic=TEXT][,block-size=N][,ranks=N][,http=1|2][,role=prefill|decode][,label=KEY=VALUE]…`
 //!
 //! A URL alone is the normal case. Every other part overrides what the engine says about itself, and the message
 //! of a failed probe names the part that would help.
@@ -39,8 +39,33 @@ pub struct WorkerSpec {
     pub ranks: Option<u32>,
     /// How requests are sent.
     pub http: HttpVersion,
+    /// Which part of requests it is for.
+    pub role: Role,
     /// What requests may ask for, each `key=value` (zone, rack, GPU kind).
     pub labels: Vec<Box<str>>,
+}
+
+/// Which part of requests an engine is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Role {
+    /// Whole requests.
+    #[default]
+    Both,
+    /// Prompts, whose blocks another engine fetches; it has to be configured with a KV connector.
+    Prefill,
+    /// Answers to prompts that were computed elsewhere, and whole requests where that is not worth it; likewise.
+    Decode,
+}
+
+impl Role {
+    /// The name used in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Both => "both",
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+        }
+    }
 }
 
 /// Labels that one worker may have.
@@ -77,6 +102,8 @@ pub enum WorkerSpecError {
     Number(&'static str, String),
     /// `http=` is neither 1 nor 2.
     Http(String),
+    /// `role=` is neither prefill nor decode.
+    Role(String),
     /// `label=` is not KEY=VALUE, or there are too many.
     Label(String),
 }
@@ -89,7 +116,7 @@ impl fmt::Display for WorkerSpecError {
             Self::Part(s) => write!(
                 f,
                 "`{s}` is not understood: after the URL come kv-events=tcp://HOST:PORT, replay=tcp://HOST:PORT, \
-                 topic=TEXT, block-size=TOKENS, ranks=COUNT, http=1|2, label=KEY=VALUE"
+                 topic=TEXT, block-size=TOKENS, ranks=COUNT, http=1|2, role=prefill|decode, label=KEY=VALUE"
             ),
             Self::Repeated(s) => write!(f, "`{s}` is given twice"),
             Self::Endpoint(name, error) => write!(f, "{name}: {error} (or {name}=none)"),
@@ -99,6 +126,10 @@ impl fmt::Display for WorkerSpecError {
                     "http: `{s}` is not understood: write http=1, or http=2 where the engine speaks HTTP/2 without TLS"
                 )
             }
+            Self::Role(s) => write!(
+                f,
+                "role: `{s}` is not understood: write role=prefill or role=decode, or leave it out for a worker that does both"
+            ),
             Self::Label(s) => {
                 write!(f, "label: `{s}` is not KEY=VALUE without `@`, or there are more than {LABELS_MAX}")
             }
@@ -123,6 +154,7 @@ impl WorkerSpec {
             block_size: None,
             ranks: None,
             http: HttpVersion::default(),
+            role: Role::default(),
             labels: Vec::new(),
         })
     }
@@ -189,6 +221,13 @@ impl FromStr for WorkerSpec {
                         _ => return Err(WorkerSpecError::Http(value.to_owned())),
                     };
                 }
+                "role" => {
+                    spec.role = match value {
+                        "prefill" => Role::Prefill,
+                        "decode" => Role::Decode,
+                        _ => return Err(WorkerSpecError::Role(value.to_owned())),
+                    };
+                }
                 "label" => {
                     let (key, worth) = value.split_once('=').unwrap_or_default();
                     if key.is_empty()
@@ -246,7 +285,8 @@ mod tests {
         assert_eq!(spec.block_size, BlockSize::new(32));
         assert_eq!(spec.ranks, Some(2));
         assert_eq!(spec.http, HttpVersion::Http2);
-        let spec = parse("http://h:1,label=zone=a,label=gpu=h100").unwrap();
+        let spec = parse("http://h:1,label=zone=a,role=prefill,label=gpu=h100").unwrap();
+        assert_eq!(spec.role, Role::Prefill);
         assert_eq!(spec.labels.iter().map(|l| &**l).collect::<Vec<_>>(), ["zone=a", "gpu=h100"]);
     }
 
@@ -266,6 +306,7 @@ mod tests {
             ("http://h:1,ranks=5000", "1024"),
             ("http://h:1,ranks=1,ranks=1", "twice"),
             ("http://h:1,http=3", "http=2"),
+            ("http://h:1,role=both", "role=decode"),
             ("http://h:1,label=zone", "KEY=VALUE"),
             ("http://h:1,label==a", "KEY=VALUE"),
         ] {

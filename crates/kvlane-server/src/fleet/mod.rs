@@ -187,6 +187,7 @@ pub fn start(config: &FleetConfig, stop: &CancellationToken) -> Fleet {
                 id: InstanceId(id),
                 base: spec.base.clone(),
                 http: spec.http,
+                role: spec.role,
                 labels: spec.labels.clone(),
                 health: Health::Probing(None),
                 since: now,

@@ -4,7 +4,7 @@
 //! state or an events state changes. Figures that move all the time (counters, lag) are not in it; see
 //! [`crate::fleet::Fleet::stats`].
 
-use crate::config::{Endpoint, HttpVersion};
+use crate::config::{Endpoint, HttpVersion, Role};
 use crate::ingest::Lane;
 use kvlane_index::{BlockSize, Index, InstanceId, Worker};
 use std::collections::HashMap;
@@ -69,6 +69,8 @@ pub struct Instance {
     pub base: http::Uri,
     /// How requests are sent there.
     pub http: HttpVersion,
+    /// Which part of requests it is for.
+    pub role: Role,
     /// What requests may ask for, `key=value`.
     pub labels: Vec<Box<str>>,
     /// Whether requests may go there.

@@ -54,6 +54,8 @@ pub(crate) struct Expected {
     pub prediction: Option<Prediction>,
     /// Why the response cannot be compared with the prediction, if so.
     pub unaudited: Option<&'static str>,
+    /// Whether it is the prefill of another request, which is the one that counts.
+    pub is_prefill: bool,
     /// Stands for the adapter that the request needs.
     pub adapter: Option<u64>,
     /// The worker's event stream at the decision.
@@ -142,8 +144,8 @@ impl InFlight {
         let now = Instant::now();
         self.first_byte = Some(now);
         self.upstream.metrics.first_byte.observe(now - self.arrived);
-        // An answer that comes whole says nothing of when its first token was there.
-        if self.record.stream {
+        // An answer that comes whole says nothing of when its first token was there, unless there is no other token.
+        if self.record.stream || self.expected.is_prefill {
             let id = self.request_id();
             self.gateway.desk.tell(id, Report::FirstToken);
             self.gateway.admission.room_may_be();
@@ -181,7 +183,7 @@ impl InFlight {
     }
 
     fn audit(&self) {
-        let Expected { prediction, unaudited, evidence, blocks, adapter: _ } = &self.expected;
+        let Expected { prediction, unaudited, evidence, blocks, is_prefill: _, adapter: _ } = &self.expected;
         let actual = self.usage.cached_tokens.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         let reason = match (self.outcome, unaudited, prediction, actual) {
             (Outcome::ClientGone, ..) => Some("client-gone"),
@@ -251,7 +253,7 @@ impl InFlight {
     /// Tells whoever records of a request that an engine began to answer.
     fn tell_recorders(&self, first_byte_ms: Option<f64>) {
         let failed = matches!(self.outcome, Outcome::ClientError | Outcome::ServerError);
-        if first_byte_ms.is_none() || failed {
+        if first_byte_ms.is_none() || failed || self.expected.is_prefill {
             return;
         }
         self.gateway.traffic.tell(|| Passed {

@@ -10,6 +10,7 @@ mod admission;
 mod body;
 mod collect;
 mod desk;
+mod disagg;
 mod error;
 mod forward;
 mod headers;
@@ -29,6 +30,7 @@ mod upstream;
 mod usage;
 mod wishes;
 
+pub(crate) use disagg::Handover;
 pub(crate) use plan::ledger_ids;
 pub use prompts::TokenizerSetting;
 pub(crate) use table::{Table, Upstream, believed};
@@ -290,8 +292,10 @@ impl Gateway {
     ) -> Result<Response, ClientError> {
         let path = head.uri.path();
         let ask = Ask { arrived, path, headers: &head.headers, fields, body_bytes: body.len() };
-        let plan = self.plan(&ask).await?;
+        let mut plan = self.plan(&ask).await?;
+        let handed = self.prefill_elsewhere(&mut plan, &ask, head, body).await;
         let (plan, inflight) = self.admit(plan).await?;
+        let (head, body) = handed.as_ref().map_or((head, body), |handed| (&handed.head, &handed.body));
         Ok(self.forward(&plan, inflight, head, body).await)
     }
 }

@@ -1,6 +1,7 @@
 //! From a request to the worker that should serve it: tokens, blocks, overlaps, decision, booking.
 
 use super::admission::Turn;
+use super::disagg::Handover;
 use super::error::ClientError;
 use super::inflight::{Expected, InFlight};
 use super::known_blocks::KnownBlocks;
@@ -8,6 +9,7 @@ use super::prompts::{Known, Refused, Tokenized};
 use super::wishes::Wanted;
 use super::{Gateway, PromptBlocks, Table, Upstream, shadow};
 use crate::audit::{Evidence, Prediction};
+use crate::config::Role;
 use crate::explain::{Course, Id, Record, Tokens};
 use crate::fleet::{Facts, Instance, Partition, Trust};
 use crate::remote::{RemoteIndex, merge};
@@ -45,13 +47,29 @@ pub(crate) struct Ask<'a> {
     pub body_bytes: usize,
 }
 
+/// Which part of a request is planned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Stage {
+    /// All of it, or the answer alone where the prompt was computed elsewhere: workers set aside for prefill only if there are no others.
+    Whole,
+    /// The prompt alone: workers set aside for prefill.
+    Prefill,
+}
+
 /// What was found out about a request, enough to decide (again) and to book.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Plan {
+    stage: Stage,
+    /// What became of the question whether to compute the prompt elsewhere.
+    pub handover: Handover,
+    /// Whether the prompt's blocks are fetched from where they were computed.
+    handed_over: bool,
     /// Where it must or would rather go.
     wanted: Arc<Wanted>,
     /// Stands for the adapter that it needs.
     adapter: Option<u64>,
+    /// How many prompts it has.
+    prompts: usize,
     /// When the request's head was read.
     pub arrived: Instant,
     path: Arc<str>,
@@ -92,7 +110,7 @@ pub(crate) struct Plan {
 type LookedUp = Vec<(Arc<Partition>, Overlaps)>;
 
 /// A worker that might serve the request.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Offer {
     /// Place of its engine in the table.
     upstream: usize,
@@ -110,7 +128,7 @@ impl Gateway {
     pub(super) async fn plan(&self, ask: &Ask<'_>) -> Result<Plan, ClientError> {
         let table = self.table.load_full();
         let wanted = Wanted::of(ask.headers, &table)?;
-        let serving = self.serving(&table, ask.fields)?;
+        let serving = of_stage(self.serving(&table, ask.fields)?, Stage::Whole, &wanted);
         let tokenized = match ask.fields {
             _ if !self.cache_aware => Tokenized::unknown("blind-policy"),
             Some(fields) if fields.endpoint() != Endpoint::Other => {
@@ -131,8 +149,12 @@ impl Gateway {
         let is_adapter =
             |model: &str| serving.iter().any(|i| i.model(model).is_some_and(|m| m.parent.is_some()));
         let mut plan = Plan {
+            stage: Stage::Whole,
+            handover: Handover::NotOffered,
+            handed_over: false,
             wanted: Arc::new(wanted),
             adapter: model.filter(|model| is_adapter(model)).map(|model| xxh3_64(model.as_bytes())),
+            prompts: tokenized.prompts.len(),
             arrived: ask.arrived,
             path: ask.path.into(),
             fields: ask.fields.map(Arc::clone),
@@ -181,7 +203,7 @@ impl Gateway {
     pub(super) fn renew(&self, plan: &mut Plan) -> Result<(), ClientError> {
         let table = self.table.load_full();
         let fields = plan.fields.clone();
-        let serving = self.serving(&table, fields.as_ref())?;
+        let serving = of_stage(self.serving(&table, fields.as_ref())?, plan.stage, &plan.wanted);
         let serving = self.long_enough(serving, fields.as_ref(), plan.longest_prompt)?;
         plan.table = Arc::clone(&table);
         plan.candidates.clear();
@@ -190,6 +212,20 @@ impl Gateway {
         let looked_up = plan.look_up(&serving, self);
         plan.offer(&serving, looked_up);
         Ok(())
+    }
+
+    /// The plan for a part of a request; `None` where nobody does it.
+    pub(super) fn staged(&self, plan: &Plan, stage: Stage) -> Option<Plan> {
+        let mut staged = plan.clone();
+        staged.stage = stage;
+        if stage == Stage::Prefill {
+            staged.streams = false;
+            staged.max_output_tokens = Some(1);
+            // Answers of one token teach nothing of the model's.
+            staged.model = !staged.model;
+        }
+        self.renew(&mut staged).ok()?;
+        (!staged.candidates.is_empty()).then_some(staged)
     }
 
     /// The healthy instances that may serve the request.
@@ -326,6 +362,7 @@ impl Gateway {
             waited_ms: plan.waited.as_secs_f64() * 1e3,
             decision,
             shadows,
+            handover: plan.handover.clone(),
             table: Arc::clone(&plan.table),
             course: Mutex::new(Course::default()),
             audit: OnceLock::new(),
@@ -452,7 +489,7 @@ impl Plan {
             prompt_bytes: self.prompt_bytes,
             expected_output_tokens: None,
             max_output_tokens: self.max_output_tokens,
-            streams: self.streams,
+            streams: self.streams || self.stage == Stage::Prefill,
             pinned: self.wanted.pinned,
             wishes: self.wanted.wishes(),
             priority: self.turn.priority,
@@ -468,7 +505,7 @@ impl Plan {
             .iter()
             .map(|offer| Candidate {
                 overlap: self.overlap(offer),
-                trust: offer.trust,
+                trust: if self.handed_over { 1.0 } else { offer.trust },
                 adapter: match self.adapter {
                     None => Adapter::NotNeeded,
                     Some(adapter)
@@ -486,9 +523,33 @@ impl Plan {
 
     /// What the worker of `offer` need not compute.
     fn overlap(&self, offer: &Offer) -> OverlapTokens {
-        offer.overlap.as_ref().map_or_else(OverlapTokens::default, |overlap| {
+        let mut held = offer.overlap.as_ref().map_or_else(OverlapTokens::default, |overlap| {
             OverlapTokens::from_blocks(overlap, self.upstream(offer).profile.block_size_tokens)
-        })
+        });
+        if self.handed_over {
+            // The rest is fetched from where it was computed, by networks that are about as fast as host memory.
+            held.host += self.prompt_tokens.unwrap_or(0).saturating_sub(held.total());
+        }
+        held
+    }
+
+    /// From now on the prompt's blocks are fetched from where they were computed.
+    pub(super) fn fetches_prompt(&mut self) {
+        self.handed_over = true;
+        // What an engine calls cached is not what its index said then.
+        self.unaudited = Some("handed-over");
+    }
+
+    /// Whether its prompt can be computed elsewhere: one that is known, of a request that does not insist on a worker.
+    pub(super) fn can_be_handed_over(&self) -> bool {
+        self.prompts == 1 && self.prompt_tokens.is_some() && self.wanted.pinned.is_none()
+    }
+
+    /// Prompt tokens that the worker that holds most of it does not hold.
+    pub(super) fn least_uncached(&self) -> u32 {
+        let tokens = self.prompt_tokens.unwrap_or(0);
+        let uncached = |offer| tokens.saturating_sub(self.overlap(offer).total());
+        self.candidates.iter().map(uncached).min().unwrap_or(tokens)
     }
 
     /// What the index promises of the worker of `offer`; `None` where it knows nothing of the prompt.
@@ -514,6 +575,7 @@ impl Plan {
         Expected {
             prediction,
             unaudited: self.unaudited,
+            is_prefill: self.stage == Stage::Prefill,
             adapter: self.adapter,
             evidence: if prediction.is_some() {
                 self.table.evidence(offer.worker)
@@ -549,6 +611,22 @@ impl Plan {
     /// Where the tokens came from.
     pub(super) fn tokens(&self) -> Tokens {
         self.tokens
+    }
+}
+
+/// Those of `serving` that do a part of a request.
+fn of_stage<'s>(
+    serving: Cow<'s, [Arc<Instance>]>,
+    stage: Stage,
+    wanted: &Wanted,
+) -> Cow<'s, [Arc<Instance>]> {
+    let prefills = |instance: &Arc<Instance>| instance.role == Role::Prefill;
+    match stage {
+        // Whoever names a worker knows what it is for.
+        Stage::Whole if wanted.names_workers() => serving,
+        Stage::Whole if !serving.iter().any(prefills) || serving.iter().all(prefills) => serving,
+        Stage::Whole => serving.iter().filter(|i| !prefills(i)).map(Arc::clone).collect(),
+        Stage::Prefill => serving.iter().filter(|i| prefills(i)).map(Arc::clone).collect(),
     }
 }
 

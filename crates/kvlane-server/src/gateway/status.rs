@@ -143,6 +143,7 @@ impl Gateway {
                 "url": instance.base.to_string(),
                 "health": instance.health.name(),
                 "draining": table.upstream(instance.id).is_some_and(|u| u.draining.load(Ordering::Relaxed)),
+                "role": instance.role.name(),
                 "labels": instance.labels,
                 "health_reason": instance.health.reason(),
                 "engine": facts.map(|f| f.engine.name()),

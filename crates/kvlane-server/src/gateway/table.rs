@@ -6,6 +6,7 @@
 use super::adapters::Adapters;
 use super::upstream::Pool;
 use crate::audit::Evidence;
+use crate::config::Role;
 use crate::fleet::{Fleet, FleetView, Instance, Trust};
 use crate::ingest::RankCounters;
 use crate::metrics::{Metrics, WorkerMetrics};
@@ -22,6 +23,7 @@ pub(crate) struct Table {
     pub view: Arc<FleetView>,
     /// One for each of `view.instances`, in its order.
     upstreams: Vec<Arc<Upstream>>,
+    disaggregated: bool,
 }
 
 /// One engine process, as requests are sent to it.
@@ -86,7 +88,13 @@ impl Table {
                 Some(Arc::new(Upstream::new(instance, kept, fleet)))
             })
             .collect();
-        Self { view, upstreams }
+        let disaggregated = view.instances.iter().any(|instance| instance.role == Role::Prefill);
+        Self { view, upstreams, disaggregated }
+    }
+
+    /// Whether any engine is set aside for prefill.
+    pub(crate) fn is_disaggregated(&self) -> bool {
+        self.disaggregated
     }
 
     /// The engine of this id.

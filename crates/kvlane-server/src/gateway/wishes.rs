@@ -48,6 +48,11 @@ impl Wanted {
         Wishes { required: &self.required, preferred: &self.preferred, allowed: self.allowed.as_deref() }
     }
 
+    /// Whether it says by name where to go.
+    pub(super) fn names_workers(&self) -> bool {
+        self.allowed.is_some() || matches!(self.pinned, Some(Pin::Instance(_) | Pin::Worker(_)))
+    }
+
     /// Equal for requests that may go to the same workers.
     pub(super) fn lane(&self) -> u64 {
         let worker = |worker: &Worker| xxh3_64(worker.to_string().as_bytes());

@@ -10,6 +10,7 @@ mod admission;
 mod bad_input;
 mod batches;
 mod client;
+mod disagg;
 mod ends;
 mod engine;
 mod h2;

@@ -6,6 +6,7 @@ use super::life::Life;
 use super::openai::Common;
 use super::rank::Ticket;
 use super::tokenizer::{VOCABULARY, decode};
+use super::transfer;
 use axum::http::HeaderMap;
 use futures_util::stream::{BoxStream, SelectAll, StreamExt as _, unfold};
 use kvlane_engine::{Content, Request, Token};
@@ -62,6 +63,7 @@ pub(super) async fn start(
     if common.cache_salt.as_deref() == Some("") {
         return Err(Refusal::bad(None, "Parameter 'cache_salt' must be a non-empty string if provided."));
     }
+    transfer::check(common.kv_transfer_params.as_ref())?;
     let rank = life.rank(headers)?;
     let mut said = Vec::with_capacity(n * prompts.len());
     let mut tickets = Vec::with_capacity(n * prompts.len());

@@ -26,6 +26,7 @@ mod stream;
 #[cfg(test)]
 pub(crate) mod tests;
 mod tokenizer;
+mod transfer;
 
 pub(crate) use faults::Faults;
 pub(crate) use server::MockEngine;

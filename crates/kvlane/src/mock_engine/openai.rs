@@ -19,6 +19,7 @@ pub(super) struct Common {
     pub(super) ignore_eos: bool,
     pub(super) return_token_ids: Option<bool>,
     pub(super) cache_salt: Option<String>,
+    pub(super) kv_transfer_params: Option<Value>,
 }
 
 /// `stream_options`.

@@ -9,6 +9,7 @@ use super::error::Refusal;
 use super::generate::{Job, Said, Step, Usage};
 use super::life::Life;
 use super::openai::{Common, StreamOptions};
+use super::transfer;
 use axum::Json;
 use axum::body::Body;
 use axum::http::{HeaderMap, header};
@@ -109,7 +110,11 @@ pub(super) async fn answer<A: Answers>(
     whole["system_fingerprint"] = json!(answers.head().fingerprint);
     whole["usage"] = json!(usage.whole());
     answers.extras(&mut whole);
-    for absent in ["kv_transfer_params", "ec_transfer_params", "metrics"] {
+    let block_tokens = life.config.engine.block_size.tokens() as usize;
+    let prompt_tokens = job.prompts.first().map_or(0, Vec::len);
+    let asked = common.kv_transfer_params.as_ref();
+    whole["kv_transfer_params"] = transfer::answered(asked, &answers.head().id, prompt_tokens, block_tokens);
+    for absent in ["ec_transfer_params", "metrics"] {
         whole[absent] = Value::Null;
     }
     Ok(Json(whole).into_response())

@@ -457,3 +457,25 @@ fn faults_are_read_with_what_is_not_named_off() {
     assert_eq!(faults, Faults { drop: 0.5, ..Faults::default() });
     assert!(serde_json::from_value::<Faults>(json!({"dorp": 0.5})).is_err());
 }
+
+/// A prefill for another engine is answered with the place of its blocks, and only a whole place can be fetched from.
+#[tokio::test]
+async fn blocks_are_handed_over_by_kv_transfer_params() {
+    let (_engine, client) = mock(&[]).await;
+    let mut body = completion(vec![7; 70], 1);
+    body["kv_transfer_params"] = json!({"do_remote_decode": true, "do_remote_prefill": false});
+    let (status, answer) = ask(&client, "/v1/completions", body).await;
+    let place = answer["kv_transfer_params"].clone();
+    assert_eq!((status, &place["do_remote_prefill"]), (StatusCode::OK, &json!(true)), "{answer}");
+    assert_eq!(place["remote_block_ids"][0].as_array().map(Vec::len), Some(3), "70 tokens in blocks of 32");
+    let mut body = completion(vec![7; 70], 4);
+    body["kv_transfer_params"] = place.clone();
+    let (status, answer) = ask(&client, "/v1/completions", body.clone()).await;
+    assert_eq!((status, &answer["kv_transfer_params"]), (StatusCode::OK, &Value::Null));
+    for field in ["remote_block_ids", "remote_engine_id", "remote_request_id", "remote_host", "remote_port"] {
+        body["kv_transfer_params"] = place.clone();
+        body["kv_transfer_params"].as_object_mut().expect("an object").remove(field);
+        let (status, answer) = ask(&client, "/v1/completions", body.clone()).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "without {field}: {answer}");
+    }
+}
