@@ -34,6 +34,12 @@ pub enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// One trace through kvlane, SMG and SGLang's router to mock engines over real sockets, driven by `kvlane replay`.
+    Routing {
+        /// Its options: `--speeds X,...`, `--rounds N`, `--engines N`, `--only NAMES`; then those of `kvlane replay`, such as a trace.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// 512 streaming clients that leave at random, for ten minutes: what stays behind in the gateway.
     Soak {
         /// Its options: `--clients N`, `--seconds N`.
@@ -54,6 +60,7 @@ pub fn run(bench: &Bench) -> Result<()> {
         Bench::Picks { decisions } => workspace("bench/opponents", "picks", &[decisions.to_string()]),
         Bench::Events { arguments } => crate::events::run(arguments),
         Bench::Gateway { arguments } => gateway("run", arguments),
+        Bench::Routing { arguments } => gateway("routing", arguments),
         Bench::Soak { arguments } => gateway("soak", arguments),
     }
 }

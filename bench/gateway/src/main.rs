@@ -10,6 +10,7 @@ mod load;
 mod prompts;
 mod report;
 mod routers;
+mod routing;
 mod sheet;
 mod soak;
 
@@ -75,6 +76,8 @@ enum Arguments {
         #[arg(long, default_value_t = 600)]
         seconds: u64,
     },
+    /// One trace through kvlane and its peers to mock engines with real caches: hit rates and times to first token.
+    Routing(routing::Arguments),
     /// Tables of BENCHMARKS.md from the rows.
     Report,
 }
@@ -107,6 +110,11 @@ fn main() -> Result<()> {
             let folder = Folder(std::path::absolute(folder)?);
             std::fs::create_dir_all(folder.0.join("logs"))?;
             soak::run(&kvlane, &folder, clients, Duration::from_secs(seconds))
+        }
+        Arguments::Routing(arguments) => {
+            let folder = Folder(std::path::absolute(&arguments.folder)?);
+            let out = arguments.out.clone().unwrap_or_else(|| results().join("routing.jsonl"));
+            routing::run(&arguments, &folder, &out)
         }
         Arguments::Report => report::run(&results()),
     }

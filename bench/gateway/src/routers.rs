@@ -84,8 +84,10 @@ pub enum Kind {
     Direct,
     /// nginx, round robin, connections kept.
     Nginx,
-    /// Ours with this policy.
+    /// Ours with this policy, and the tokenizer of the folder's model where it needs one.
     Kvlane(&'static str),
+    /// Ours with this policy, and what it finds out of the engines by itself.
+    KvlaneSelf(&'static str),
     /// SMG with this policy.
     Smg(&'static str),
     /// The vLLM project's router with this policy.
@@ -113,7 +115,7 @@ impl Kind {
         match self {
             Self::Direct => "direct".into(),
             Self::Nginx => "nginx".into(),
-            Self::Kvlane(policy) => format!("kvlane {policy}"),
+            Self::Kvlane(policy) | Self::KvlaneSelf(policy) => format!("kvlane {policy}"),
             Self::Smg(policy) => format!("smg {policy}"),
             Self::Vllm(policy) => format!("vllm-router {policy}"),
             Self::Sglang(policy) => format!("sglang-router {policy}"),
@@ -163,7 +165,7 @@ impl Router {
                 command.arg("-c").arg(own.join("nginx.conf"));
                 command
             }
-            Kind::Kvlane(policy) => {
+            Kind::Kvlane(policy) | Kind::KvlaneSelf(policy) => {
                 let mut command = Command::new(kvlane);
                 // A line a request is written by none of the others either.
                 command.args([
@@ -178,7 +180,7 @@ impl Router {
                 urls.iter().for_each(|url| {
                     command.args(["--worker", url]);
                 });
-                if policy == "kv" {
+                if kind == Kind::Kvlane("kv") {
                     command.arg("--tokenizer").arg(folder.model_path());
                 }
                 command

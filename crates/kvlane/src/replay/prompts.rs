@@ -14,13 +14,15 @@ pub(crate) enum Form {
     Completions,
     /// Text to /v1/chat/completions: lengths are about right.
     Chat,
+    /// Likewise, a letter for each token: lengths are right where tokens are bytes, as those of `kvlane mock-engine`.
+    Letters,
 }
 
 impl Form {
     pub(crate) const fn path(self) -> &'static str {
         match self {
             Self::Completions => "/v1/completions",
-            Self::Chat => "/v1/chat/completions",
+            Self::Chat | Self::Letters => "/v1/chat/completions",
         }
     }
 }
@@ -84,6 +86,11 @@ impl Maker {
                     tokens.iter().map(|drawn| WORDS[*drawn as usize % WORDS.len()]).collect();
                 body["messages"] = json!([{ "role": "user", "content": words.join(" ") }]);
             }
+            Form::Letters => {
+                let letters: String =
+                    tokens.iter().map(|drawn| char::from(b'a' + (drawn % 26) as u8)).collect();
+                body["messages"] = json!([{ "role": "user", "content": letters }]);
+            }
         }
         Bytes::from(body.to_string())
     }
@@ -143,5 +150,8 @@ mod tests {
         let body: Value = serde_json::from_slice(&maker.body(&trace, &trace.requests[1], 1)).expect("JSON");
         let text = body["messages"][0]["content"].as_str().expect("text");
         assert_eq!(text.split(' ').count(), 24);
+        maker.form = Form::Letters;
+        let body: Value = serde_json::from_slice(&maker.body(&trace, &trace.requests[1], 1)).expect("JSON");
+        assert_eq!(body["messages"][0]["content"].as_str().map(str::len), Some(24));
     }
 }
