@@ -53,6 +53,29 @@ impl Load {
         (self.prefill_ms - done_ms).max(0.0)
     }
 
+    /// This load and what another router has in flight at the same worker.
+    ///
+    /// An engine computes prompts in the order in which they came, so of the two prefills that may be computed now it is the one that began first. Blocks that
+    /// requests of both share are counted twice: neither knows the other's.
+    pub fn and(&self, other: &Self) -> Self {
+        let others_first = other.prefill_requests > 0
+            && (self.prefill_requests == 0 || other.prefill_since_ms < self.prefill_since_ms);
+        let head = if others_first { other } else { self };
+        Self {
+            prefill_requests: self.prefill_requests.saturating_add(other.prefill_requests),
+            prefill_tokens: self.prefill_tokens.saturating_add(other.prefill_tokens),
+            prefill_ms: self.prefill_ms + other.prefill_ms,
+            decode_requests: self.decode_requests.saturating_add(other.decode_requests),
+            decode_tokens: self.decode_tokens.saturating_add(other.decode_tokens),
+            prompt_tokens: self.prompt_tokens.saturating_add(other.prompt_tokens),
+            partial_tokens: self.partial_tokens.saturating_add(other.partial_tokens),
+            output_tokens: self.output_tokens.saturating_add(other.output_tokens),
+            head_prefill_ms: head.head_prefill_ms,
+            prefill_since_ms: head.prefill_since_ms,
+            last_booking: self.last_booking,
+        }
+    }
+
     /// Tokens of device memory that requests in flight occupy.
     pub const fn kv_tokens(&self) -> u64 {
         self.prompt_tokens + self.output_tokens

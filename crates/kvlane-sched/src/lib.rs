@@ -29,6 +29,7 @@ pub use candidate::{Adapter, Candidate, EngineLimits, OverlapTokens, Profile};
 pub use decision::{Decision, FilterReason, MAX_ORDER, MAX_TERMS, PickedBecause, Reject, Row};
 pub use ledger::{BookError, Ledger, Load};
 pub use policy::{Policy, UnknownPolicy};
+pub use pressure::Busy;
 pub use request::{DEFAULT_OUTPUT_TOKENS, Pin, Request, RequestId, Wishes};
 pub use rng::Rng;
 pub use scheduler::{SATURATED_MS, Scheduler};

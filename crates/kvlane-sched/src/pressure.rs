@@ -18,12 +18,35 @@ pub(crate) const DEFAULT_KV_TOKENS: u64 = 500_000;
 /// Exponent at which the scaled sums are scaled back.
 const RESCALE_AT: f64 = 60.0;
 
+/// What was booked of late, each booking weighed less the longer it is ago.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct Busy {
+    /// Milliseconds of prefill.
+    pub prefill_ms: f64,
+    /// Requests.
+    pub bookings: f64,
+    /// When it was so.
+    pub at_ms: f64,
+}
+
+impl Busy {
+    /// What is left of it at `now_ms`.
+    pub fn at(&self, now_ms: f64) -> Self {
+        let left = (-(now_ms - self.at_ms).max(0.0) / WINDOW_MS).exp();
+        Self {
+            prefill_ms: self.prefill_ms * left,
+            bookings: self.bookings * left,
+            at_ms: now_ms.max(self.at_ms),
+        }
+    }
+}
+
 /// Decayed sums over bookings.
 #[derive(Debug, Default)]
 pub(crate) struct Pressure {
-    prefill_ms: f64,
-    bookings: f64,
-    at_ms: f64,
+    own: Busy,
+    /// Of other routers over the same workers.
+    elsewhere: Busy,
     /// Per worker, each booking weighed by `exp(age)`, so that only new entries need computing.
     allocated: Map<Worker, f64>,
     total: f64,
@@ -40,9 +63,9 @@ impl Pressure {
         fleet_kv_tokens: u64,
         now_ms: f64,
     ) {
-        self.bookings = self.bookings * self.decay(now_ms) + 1.0;
-        self.prefill_ms = self.prefill_ms * self.decay(now_ms) + prefill_ms;
-        self.at_ms = now_ms.max(self.at_ms);
+        self.own = self.own.at(now_ms);
+        self.own.bookings += 1.0;
+        self.own.prefill_ms += prefill_ms;
         self.age += tokens as f64 / fleet_kv_tokens.max(1) as f64;
         if self.age > RESCALE_AT {
             let scale = (-self.age).exp();
@@ -57,12 +80,14 @@ impl Pressure {
 
     /// Share of time, 0 to 1, that each of `workers` spends on prefill.
     pub(crate) fn utilisation(&self, workers: u32, now_ms: f64) -> f64 {
-        (self.prefill_ms * self.decay(now_ms) / (WINDOW_MS * f64::from(workers.max(1)))).min(1.0)
+        let booked_ms = self.own.at(now_ms).prefill_ms + self.elsewhere.at(now_ms).prefill_ms;
+        (booked_ms / (WINDOW_MS * f64::from(workers.max(1)))).min(1.0)
     }
 
     /// Requests that came for each of `workers`, per millisecond.
     pub(crate) fn arrivals_per_ms(&self, workers: u32, now_ms: f64) -> f64 {
-        self.bookings * self.decay(now_ms) / (WINDOW_MS * f64::from(workers.max(1)))
+        let bookings = self.own.at(now_ms).bookings + self.elsewhere.at(now_ms).bookings;
+        bookings / (WINDOW_MS * f64::from(workers.max(1)))
     }
 
     /// The worker's recent allocation over the mean of `workers`; 1 = as the others.
@@ -80,7 +105,13 @@ impl Pressure {
         }
     }
 
-    fn decay(&self, now_ms: f64) -> f64 {
-        (-(now_ms - self.at_ms).max(0.0) / WINDOW_MS).exp()
+    /// What was booked here of late.
+    pub(crate) fn busy(&self, now_ms: f64) -> Busy {
+        self.own.at(now_ms)
+    }
+
+    /// What was booked by others of late; replaces what was heard before.
+    pub(crate) fn hear(&mut self, elsewhere: Busy) {
+        self.elsewhere = elsewhere;
     }
 }

@@ -4,10 +4,11 @@
 //! all choose the worker that was idle.
 
 use crate::decision::{Decision, FilterReason, MAX_ORDER, MAX_TERMS, PickedBecause, Reject, Row};
+use crate::hash::Map;
 use crate::learn::{Answered, Learnt, Prefilled};
 use crate::ledger::{BookError, Booking, Ledger, Load};
 use crate::policy::{Fleet, Policy, Task, View};
-use crate::pressure::{DEFAULT_KV_TOKENS, Pressure};
+use crate::pressure::{Busy, DEFAULT_KV_TOKENS, Pressure};
 use crate::rates::Rates;
 use crate::session::Sessions;
 use crate::{Candidate, Request, RequestId, Rng};
@@ -22,6 +23,8 @@ pub const SATURATED_MS: f64 = 500.0;
 pub struct Scheduler {
     policy: Box<dyn Policy>,
     ledger: Ledger,
+    /// What other routers have in flight at the same workers.
+    elsewhere: Map<Worker, Load>,
     sessions: Sessions,
     pressure: Pressure,
     learnt: Learnt,
@@ -51,6 +54,32 @@ impl Scheduler {
     /// What real requests taught.
     pub(crate) fn learnt(&self) -> &Learnt {
         &self.learnt
+    }
+
+    /// Takes note of what other routers over the same workers have in flight, and of what they booked of late; replaces what was heard before.
+    ///
+    /// It counts in every decision like this scheduler's own, so that routers do not all choose the worker that each of them leaves idle. Times are on this
+    /// scheduler's clock.
+    pub fn hear(&mut self, loads: impl IntoIterator<Item = (Worker, Load)>, busy: Busy) {
+        self.elsewhere.clear();
+        self.elsewhere.extend(loads);
+        self.pressure.hear(busy);
+    }
+
+    /// What other routers have in flight at `worker`, as they last said.
+    pub fn elsewhere(&self, worker: Worker) -> Load {
+        self.elsewhere.get(&worker).copied().unwrap_or_default()
+    }
+
+    /// What was booked here of late.
+    pub fn busy(&self, now_ms: f64) -> Busy {
+        self.pressure.busy(now_ms)
+    }
+
+    /// Everything that is known to be in flight at `worker`.
+    fn load(&self, worker: Worker) -> Load {
+        let own = self.ledger.load(worker);
+        self.elsewhere.get(&worker).map_or(own, |other| own.and(other))
     }
 
     /// How fast `worker` is, as far as is known.
@@ -103,7 +132,7 @@ impl Scheduler {
         for candidate in candidates {
             let row = Row {
                 worker: candidate.worker,
-                load: self.ledger.load(candidate.worker),
+                load: self.load(candidate.worker),
                 cached_tokens: usable_tokens(candidate, task.prompt_tokens),
                 terms: [0.0; MAX_TERMS],
                 total: f64::INFINITY,
@@ -170,7 +199,7 @@ impl Scheduler {
     }
 
     fn saturated(&self, request: &Request<'_>, candidate: &Candidate<'_>, now_ms: f64) -> bool {
-        let load = self.ledger.load(candidate.worker);
+        let load = self.load(candidate.worker);
         let tokens = u64::from(request.tokens().saturating_sub(candidate.overlap.total()));
         load.requests() > 0
             && (candidate.profile.limits.max_running.is_some_and(|most| load.requests() >= most)

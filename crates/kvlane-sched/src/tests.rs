@@ -525,3 +525,61 @@ fn answers_that_come_whole_teach_nothing_and_leave_the_queue_in_time() {
     assert_eq!(s.ledger().load(worker).requests(), 0);
     assert_eq!(s.rates(worker), rates::Rates::default());
 }
+
+#[test]
+fn what_others_have_in_flight_counts_as_ones_own() {
+    let profile = Profile::new(16);
+    let candidates = candidates(&profile, 2);
+    let busy = Load { prefill_requests: 3, prefill_tokens: 3000, prefill_ms: 900.0, ..Load::default() };
+    for name in ["kv", "least-loaded", "power-of-two"] {
+        let (mut s, mut rng) = (scheduler(name), Rng::new(1));
+        s.hear([(candidates[0].worker, busy)], Busy::default());
+        for id in 0..20 {
+            let d = decide(&s, &Request::new(RequestId(id), 100), &candidates, &mut rng);
+            assert_eq!(d.worker(), Some(candidates[1].worker), "{name}");
+            assert_eq!(d.row(candidates[0].worker).unwrap().load, busy, "{name}");
+        }
+        assert_eq!((s.ledger().requests(), s.elsewhere(candidates[0].worker)), (0, busy));
+        // What is said next replaces it.
+        s.hear([(candidates[1].worker, busy)], Busy::default());
+        let d = decide(&s, &Request::new(RequestId(99), 100), &candidates, &mut rng);
+        assert_eq!(d.worker(), Some(candidates[0].worker), "{name}");
+        s.hear([(candidates[0].worker, busy), (candidates[1].worker, busy)], Busy::default());
+        assert!(!s.has_room(&Request::new(RequestId(100), 100), &candidates, 0.0), "{name}");
+        s.hear([], Busy::default());
+        assert!(s.has_room(&Request::new(RequestId(100), 100), &candidates, 0.0), "{name}");
+    }
+}
+
+#[test]
+fn loads_add_up_and_the_prefill_that_began_first_is_the_one_computed_now() {
+    let of = |requests, since_ms| Load {
+        prefill_requests: requests,
+        prefill_ms: 100.0 * f64::from(requests),
+        head_prefill_ms: 100.0,
+        prefill_since_ms: since_ms,
+        ..Load::default()
+    };
+    for sum in [of(1, 40.0).and(&of(2, 0.0)), of(2, 0.0).and(&of(1, 40.0))] {
+        assert_eq!((sum.prefill_requests, sum.queue_ms(50.0)), (3, 250.0));
+    }
+    // Who has nothing in prefill says nothing about what is computed now.
+    assert_eq!(of(0, 0.0).and(&of(1, 40.0)).queue_ms(50.0), 90.0);
+    assert_eq!(of(1, 40.0).and(&of(0, 0.0)).queue_ms(50.0), 90.0);
+}
+
+#[test]
+fn a_fleet_that_others_keep_busy_is_busy() {
+    let profile = Profile::new(16);
+    let candidates = candidates(&profile, 1);
+    let delayed = |s: &Scheduler| {
+        let d = decide(s, &Request::new(RequestId(7), 1000), &candidates, &mut Rng::new(1));
+        d.rows[0].terms[d.columns.iter().position(|c| *c == "delay_others").unwrap()]
+    };
+    let mut s = scheduler("kv");
+    assert_eq!(delayed(&s), 0.0);
+    s.hear([], Busy { prefill_ms: 15_000.0, bookings: 10.0, at_ms: 0.0 });
+    let alone = delayed(&s);
+    assert!(alone > 0.0);
+    assert_eq!(s.busy(0.0), Busy::default(), "what others booked is not told on as one's own");
+}
