@@ -13,10 +13,12 @@ pub mod indexer;
 pub mod ingest;
 mod metrics;
 mod remote;
+mod replicas;
 mod select;
 mod serve;
 mod state;
 
+pub use config::PeerError;
 pub use gateway::TokenizerSetting;
 pub use remote::IndexerUrlError;
 pub use serve::{ServeConfig, ServeError, Server, serve};

@@ -1,8 +1,10 @@
 //! The router as a whole: listens, starts what it needs, and ends in order.
 
+use crate::config::{PeerError, Peers};
 use crate::fleet::{self, FleetConfig};
 use crate::gateway::{Gateway, GatewayConfig, TokenizerSetting};
 use crate::remote::{self, IndexerUrlError, RemoteIndex};
+use crate::replicas::Replicas;
 use crate::state::{self, Sources, StateDirError, keep};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -63,8 +65,11 @@ pub struct ServeConfig {
     pub state_dir: Option<PathBuf>,
     /// Time between two saves there.
     pub save_every: Duration,
-    /// Base URLs of other routers over the same engines; a name may stand for several. With peers, this router gives its own images too.
+    /// Base URLs of other routers over the same engines; a name may stand for several. With peers, this router gives its own images too, and shares
+    /// its load with them.
     pub peers: Vec<String>,
+    /// Whether load is shared with the peers. Without it, each router knows only what it sent itself.
+    pub share_load: bool,
     /// Base URLs of indexers that are asked who holds what, in this order, instead of hearing the engines' events here; empty = none.
     pub indexers: Vec<String>,
 }
@@ -86,6 +91,7 @@ impl ServeConfig {
             state_dir: None,
             save_every: Duration::from_secs(30),
             peers: Vec::new(),
+            share_load: true,
             indexers: Vec::new(),
         }
     }
@@ -100,6 +106,9 @@ pub enum ServeError {
     /// The state directory cannot be used.
     #[error(transparent)]
     State(#[from] StateDirError),
+    /// A peer cannot be asked; why.
+    #[error("--peer {0}: {1}")]
+    Peer(String, PeerError),
     /// An indexer cannot be asked.
     #[error(transparent)]
     Indexer(#[from] IndexerUrlError),
@@ -147,13 +156,18 @@ pub async fn serve(config: ServeConfig, shutdown: CancellationToken) -> Result<S
         drain,
         state_dir,
         save_every,
-        peers,
+        peers: named_peers,
+        share_load,
         indexers,
     } = config;
-    if !indexers.is_empty() && (state_dir.is_some() || !peers.is_empty()) {
+    if !indexers.is_empty() && state_dir.is_some() {
         return Err(ServeError::Settings(
-            "a router that asks an indexer keeps nothing itself: leave --state-dir and --peer out, and give them to the indexer",
+            "a router that asks an indexer keeps nothing itself: leave --state-dir out, and give it to the indexer",
         ));
+    }
+    let peers = Peers::default();
+    for peer in &named_peers {
+        peers.add(peer).map_err(|error| ServeError::Peer(peer.clone(), error))?;
     }
     let listener = bind(listen).map_err(|error| ServeError::Listen(listen, error))?;
     let address = listener.local_addr().map_err(|error| ServeError::Listen(listen, error))?;
@@ -169,9 +183,10 @@ pub async fn serve(config: ServeConfig, shutdown: CancellationToken) -> Result<S
     };
     fleet_config.remote = remote.is_some();
     let (state, saved) = state::open(state_dir.as_deref()).await?;
-    let replicated = !peers.is_empty();
-    if state.is_some() || replicated {
-        fleet_config.sources = Some(Sources::new(saved, seed(), move || peers.clone()));
+    let replicated = !named_peers.is_empty();
+    let replicas = (replicated && share_load).then(|| Arc::new(Replicas::new(seed(), peers.all())));
+    if (state.is_some() || replicated) && remote.is_none() {
+        fleet_config.sources = Some(Sources::new(saved, seed(), move || peers.all()));
     }
     let fleet = fleet::start(&fleet_config, &stop);
     if let Some(remote) = &remote {
@@ -190,6 +205,7 @@ pub async fn serve(config: ServeConfig, shutdown: CancellationToken) -> Result<S
         max_body_bytes,
         allow_admin,
         replicated,
+        replicas,
         remote,
         seed: seed(),
     };

@@ -80,13 +80,17 @@ pub(crate) struct Args {
     save_every: u64,
 
     /// Base URL of another kvlane router over the same engines; repeat for each. What an engine has forgotten is asked from it, and it may ask
-    /// here (GET /kvlane/snapshot).
+    /// here (GET /kvlane/snapshot); each also learns what the others have in flight (GET /kvlane/loads). A name may stand for several.
     #[arg(long = "peer", value_name = "URL")]
     peers: Vec<String>,
 
+    /// Do not share load with the peers: each router then knows only what it sent itself.
+    #[arg(long, requires = "peers")]
+    no_load_sharing: bool,
+
     /// Base URL of a `kvlane indexer` that is asked who holds what, instead of hearing the engines here; a second one, after a comma, is asked
     /// where the first is slow or fails. Without any answer requests are routed by load.
-    #[arg(long = "indexer", value_name = "URL", value_delimiter = ',', conflicts_with_all = ["state_dir", "peers"])]
+    #[arg(long = "indexer", value_name = "URL", value_delimiter = ',', conflicts_with = "state_dir")]
     indexers: Vec<String>,
 
     /// Seconds that running requests get to end after SIGTERM.
@@ -121,6 +125,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
         state_dir,
         save_every,
         peers,
+        no_load_sharing,
         indexers,
     } = args;
     let policy: Box<dyn Policy> = policy.parse().context("--policy")?;
@@ -163,6 +168,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
         state_dir,
         save_every: Duration::from_secs(save_every),
         peers,
+        share_load: !no_load_sharing,
         indexers,
         ..ServeConfig::new(listen, FleetConfig::new(workers))
     };

@@ -4,8 +4,11 @@
 //! works on valid values.
 
 mod endpoint;
+mod peers;
 mod worker_spec;
 
 pub use endpoint::{Endpoint, EndpointError};
+pub use peers::PeerError;
+pub(crate) use peers::Peers;
 pub(crate) use worker_spec::RANKS_MAX;
 pub use worker_spec::{EventsSetting, HttpVersion, Role, WorkerSpec, WorkerSpecError};

@@ -58,6 +58,9 @@ impl Gateway {
         self.collect_workers(r);
         self.collect_events(r);
         self.collect_indexes(r);
+        if let Some(replicas) = &self.replicas {
+            replicas.collect(r);
+        }
         if let Some(remote) = &self.remote {
             remote.collect(r);
         }

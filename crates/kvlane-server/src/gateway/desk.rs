@@ -12,6 +12,7 @@ use kvlane_sched::{RequestId, Rng, Scheduler};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
+use tokio::sync::Notify;
 
 /// What the lock guards.
 #[derive(Debug)]
@@ -49,13 +50,20 @@ pub(crate) struct Desk {
     books: Mutex<Books>,
     leave: Sender<Told>,
     began: Instant,
+    /// Rung when what is in flight changed.
+    pub(super) stirred: Notify,
 }
 
 impl Desk {
     /// An empty account.
     pub(crate) fn new(scheduler: Scheduler, shadows: Vec<Shadow>, rng: Rng) -> Self {
         let (leave, left) = channel();
-        Self { books: Mutex::new(Books { scheduler, shadows, rng, left }), leave, began: Instant::now() }
+        Self {
+            books: Mutex::new(Books { scheduler, shadows, rng, left }),
+            leave,
+            began: Instant::now(),
+            stirred: Notify::new(),
+        }
     }
 
     /// The time on its clock, in milliseconds.
@@ -86,6 +94,7 @@ impl Desk {
             }
             None => self.leave.send(told).expect("the books hold the other end"),
         }
+        self.stirred.notify_one();
     }
 }
 

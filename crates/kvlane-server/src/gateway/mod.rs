@@ -16,6 +16,7 @@ mod forward;
 mod headers;
 mod inflight;
 mod known_blocks;
+mod loads;
 mod parity;
 mod plan;
 mod prompts;
@@ -51,6 +52,7 @@ use crate::fleet::Fleet;
 use crate::ingest::Learner;
 use crate::metrics::Metrics;
 use crate::remote::RemoteIndex;
+use crate::replicas::Replicas;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use hyper::Request;
@@ -104,6 +106,8 @@ pub(crate) struct GatewayConfig {
     pub allow_admin: bool,
     /// Whether other routers may ask for images.
     pub replicated: bool,
+    /// Other routers that load is shared with; `None` = none.
+    pub replicas: Option<Arc<Replicas>>,
     /// Who knows what the workers hold; `None` = the fleet's own indexes do.
     pub remote: Option<Arc<RemoteIndex>>,
     /// Seeds ids and draws.
@@ -129,6 +133,7 @@ pub(crate) struct Gateway {
     max_body_bytes: u64,
     allow_admin: bool,
     replicated: bool,
+    replicas: Option<Arc<Replicas>>,
     remote: Option<Arc<RemoteIndex>>,
     draining: AtomicBool,
 }
@@ -145,6 +150,7 @@ impl Gateway {
             max_body_bytes,
             allow_admin,
             replicated,
+            replicas,
             remote,
             seed,
         } = config;
@@ -178,6 +184,7 @@ impl Gateway {
             max_body_bytes,
             allow_admin,
             replicated,
+            replicas,
             remote,
             draining: AtomicBool::new(false),
         });
@@ -187,6 +194,17 @@ impl Gateway {
             stop.child_token().run_until_cancelled_owned(async move { following.follow_fleet().await }),
         );
         tokio::spawn(stop.child_token().run_until_cancelled_owned(async move { keeping.keep_house().await }));
+        if let Some(replicas) = &gateway.replicas {
+            tokio::spawn(Arc::clone(replicas).ask(stop.clone()));
+            let (telling, told) = (Arc::clone(&gateway), Arc::clone(replicas));
+            tokio::spawn(
+                stop.child_token().run_until_cancelled_owned(async move { telling.tell_loads(&told).await }),
+            );
+            let (hearing, heard) = (Arc::clone(&gateway), Arc::clone(replicas));
+            tokio::spawn(
+                stop.child_token().run_until_cancelled_owned(async move { hearing.hear_loads(&heard).await }),
+            );
+        }
         gateway
     }
 
@@ -245,6 +263,7 @@ impl Gateway {
             Route::Explain => self.explanation(path),
             Route::Traffic => self.record(head.uri.query().unwrap_or_default()),
             Route::Snapshot => self.snapshot(head.uri.query().unwrap_or_default()).await,
+            Route::Loads => self.loads(head.uri.query().unwrap_or_default()).await,
         };
         answered.unwrap_or_else(|error| {
             self.metrics.rejected(error.reason());

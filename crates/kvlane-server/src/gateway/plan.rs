@@ -339,6 +339,7 @@ impl Gateway {
             shadows = shadow::look(books, &request, &candidates, &decision, now_ms);
             Ok(Some(worker))
         });
+        self.desk.stirred.notify_one();
         let worker = match decided {
             Ok(Some(worker)) => worker,
             Ok(None) => return Ok(None),
@@ -387,6 +388,7 @@ impl Gateway {
                 .book(&plan.request(id), &inflight.record.decision, worker, now_ms)
                 .expect("it was just ended, and ids are never in flight twice");
         });
+        self.desk.stirred.notify_one();
         predict(plan, offer);
         inflight.moved(Arc::clone(plan.upstream(offer)), worker, plan.expected(offer));
     }

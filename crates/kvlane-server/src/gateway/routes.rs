@@ -32,6 +32,8 @@ pub(crate) enum Route {
     Snapshot,
     /// What passes, without its content.
     Traffic,
+    /// What is in flight, for another router.
+    Loads,
     /// Changes an engine for everybody.
     Admin,
     /// Everything else of the engines: routed by load.
@@ -154,6 +156,7 @@ pub(crate) fn route(method: &hyper::Method, path: &str) -> Route {
         "/kvlane/workers" if get => Route::Workers,
         "/kvlane/snapshot" if get => Route::Snapshot,
         "/kvlane/traffic" if get => Route::Traffic,
+        "/kvlane/loads" if get => Route::Loads,
         "/kvlane/explain" if post => Route::DryRun,
         "/kvlane/drain" if post || method == hyper::Method::DELETE => Route::Drain,
         _ if get && path.starts_with(EXPLAIN_PREFIX) => Route::Explain,

@@ -162,7 +162,9 @@ impl Gateway {
                 workers.push(row);
             }
             for rank in &instance.ranks {
-                let load = self.desk.with(|books, _| books.scheduler.ledger().load(rank.worker));
+                let (load, elsewhere) = self.desk.with(|books, _| {
+                    (books.scheduler.ledger().load(rank.worker), books.scheduler.elsewhere(rank.worker))
+                });
                 let mut row = common.clone();
                 row["worker"] = json!(table.worker_name(rank.worker));
                 row["rank"] = json!(rank.worker.rank);
@@ -197,6 +199,7 @@ impl Gateway {
                     });
                 }
                 row["in_flight"] = json!(load.requests());
+                row["in_flight_elsewhere"] = json!(elsewhere.requests());
                 row["load"] = json!({
                     "prefill_requests": load.prefill_requests,
                     "prefill_tokens": load.prefill_tokens,
@@ -208,6 +211,9 @@ impl Gateway {
             }
         }
         let mut all = json!({ "workers": workers });
+        if let Some(replicas) = &self.replicas {
+            all["replicas"] = replicas.json();
+        }
         if let Some(remote) = &self.remote {
             all["indexers"] = remote.json();
         }

@@ -16,7 +16,6 @@ mod grpc;
 mod listener;
 mod metrics;
 mod partition;
-mod peers;
 mod registry;
 mod replicas;
 

@@ -2,9 +2,9 @@
 
 use super::listener::Listener;
 use super::partition::{Key, Partition};
-use super::peers::Peers;
 use super::{Knowledge, Registration};
 use crate::clock;
+use crate::config::Peers;
 use crate::ingest::Work;
 use crate::state::{Image, Ranks, Sources};
 use kvlane_index::hash::Scheme;

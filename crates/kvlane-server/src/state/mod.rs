@@ -20,7 +20,7 @@ pub use disk::StateDirError;
 pub(crate) use disk::{StateDir, open};
 pub(crate) use image::{Header, Image, Origin};
 pub(crate) use keeper::{Ranks, keep};
-pub(crate) use sources::{From, Sources};
+pub(crate) use sources::{From, Sources, addresses};
 
 /// How long a stream's live batches wait for an image, in milliseconds: a peer's of a large rank takes a while to come.
 pub(crate) const IMAGE_WAIT_MS: u64 = 20_000;

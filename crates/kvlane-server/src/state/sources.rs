@@ -95,7 +95,8 @@ impl Sources {
         let _turn = self.shared.fetches.acquire().await.ok()?;
         for peer in peers {
             for address in addresses(&peer).await {
-                match self.fetch(&address, origin).await {
+                let Ok(base) = format!("http://{address}").parse() else { continue };
+                match self.fetch(&base, origin).await {
                     Ok(Some(image)) => return Some((From::Peer, image)),
                     Ok(None) => {}
                     Err(error) => tracing::debug!(peer, rank = origin.rank, error, "no image from this peer"),
@@ -170,7 +171,7 @@ fn encoded(text: &str) -> String {
 }
 
 /// Every address behind a peer's name: a name may stand for all replicas.
-async fn addresses(peer: &str) -> Vec<http::Uri> {
+pub(crate) async fn addresses(peer: &str) -> Vec<SocketAddr> {
     let Ok(base) = peer.parse::<http::Uri>() else { return Vec::new() };
     let host = base.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_owned();
     let port = base.port_u16().unwrap_or(80);
@@ -178,5 +179,5 @@ async fn addresses(peer: &str) -> Vec<http::Uri> {
     let mut found: Vec<SocketAddr> = found.collect();
     found.sort_unstable();
     found.dedup();
-    found.into_iter().filter_map(|address| format!("http://{address}").parse().ok()).collect()
+    found
 }

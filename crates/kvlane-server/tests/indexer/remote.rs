@@ -206,8 +206,10 @@ async fn an_indexer_that_cannot_help_is_named_with_the_reason() {
     assert!(matches!(&error, ServeError::Indexer(_)) && error.to_string().contains("http://HOST:PORT"));
     let error = start(&|config| {
         config.indexers = vec!["http://x:1".to_owned()];
-        config.peers = vec!["http://x:2".to_owned()];
+        config.state_dir = Some(std::env::temp_dir());
     })
     .await;
-    assert!(matches!(&error, ServeError::Settings(why) if why.contains("--peer")), "{error}");
+    assert!(matches!(&error, ServeError::Settings(why) if why.contains("--state-dir")), "{error}");
+    let error = start(&|config| config.peers = vec!["x:2".to_owned()]).await;
+    assert!(matches!(&error, ServeError::Peer(..)) && error.to_string().contains("http://HOST:PORT"));
 }

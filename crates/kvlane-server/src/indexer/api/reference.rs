@@ -6,9 +6,9 @@
 use super::App;
 use super::body::{ApiError, Input};
 use crate::config::Endpoint;
+use crate::config::PeerError;
 use crate::indexer::listener::Listener;
 use crate::indexer::partition::{Key, Partition};
-use crate::indexer::peers::PeerError;
 use crate::indexer::registry::{NAME_BYTES_MAX, RegistryError};
 use crate::indexer::{Registration, registry};
 use axum::Json;

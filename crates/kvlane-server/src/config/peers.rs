@@ -1,4 +1,4 @@
-//! Other indexers that hear the same engines: where a new one gets its first knowledge from.
+//! Other processes over the same engines, by base URL: where a new one gets its first knowledge from, and whom routers share load with.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,9 +11,13 @@ const PEERS_MAX: usize = 256;
 pub(crate) struct Peers(Mutex<BTreeSet<String>>);
 
 /// Why a peer was not taken.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum PeerError {
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum PeerError {
+    /// It is no base URL.
+    #[error("that is no base URL: write http://HOST:PORT")]
     NotAUrl,
+    /// There is no room for more: leave some out.
+    #[error("there are {PEERS_MAX} peers already: leave some out")]
     TooMany,
 }
 
