@@ -34,8 +34,30 @@ pub struct FleetConfig {
     pub predict_us: u64,
     /// Bounds of the queue in which requests wait at the router while every worker is saturated; `None` = all are sent at once.
     pub admission: Option<QueueLimits>,
+    /// What happens to its workers.
+    pub incidents: Vec<Incident>,
     /// Seed of the scheduler's draws and of the lags.
     pub seed: u64,
+}
+
+/// Something that happens to a worker.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Incident {
+    /// When.
+    pub at_us: u64,
+    /// To whom, counted from 0.
+    pub worker: u32,
+    /// What.
+    pub what: What,
+}
+
+/// What happens to a worker.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum What {
+    /// It is gone for good, with its cache; what ran there starts again elsewhere.
+    Dies,
+    /// It comes with an empty cache, and was not there before.
+    Joins,
 }
 
 impl FleetConfig {
@@ -53,6 +75,7 @@ impl FleetConfig {
                 max_wait_ms: f64::INFINITY,
                 ..QueueLimits::default()
             }),
+            incidents: Vec::new(),
             seed: 1,
         }
     }
@@ -79,6 +102,10 @@ enum Happening {
     Steps(u32),
     /// Events of an engine reach the router.
     Tells(u32, Vec<KvEvent>),
+    /// A worker dies or comes.
+    Befalls(u32, What),
+    /// A request whose worker died is sent again.
+    StartsAgain(u32),
 }
 
 struct Queue {
@@ -112,6 +139,10 @@ struct Run<'t> {
     reads_cache: bool,
     profile: Profile,
     engines: Vec<Engine>,
+    /// Whether each worker is there.
+    there: Vec<bool>,
+    /// Where each request runs.
+    runs_at: Vec<Option<u32>>,
     /// When a step of each engine is in the queue.
     step_at: Vec<Option<u64>>,
     knowledge: Knowledge,
@@ -158,6 +189,11 @@ impl<'t> Run<'t> {
             }
             latest[request.session as usize] = Some(i as u32);
         }
+        let mut there = vec![true; workers];
+        for Incident { at_us, worker, what } in &config.incidents {
+            queue.push(*at_us, Happening::Befalls(*worker, *what));
+            there[*worker as usize] &= *what != What::Joins;
+        }
         Self {
             trace,
             config,
@@ -173,6 +209,8 @@ impl<'t> Run<'t> {
                 labels: Vec::new(),
             },
             engines: (0..workers).map(engine).collect(),
+            there,
+            runs_at: vec![None; trace.requests.len()],
             step_at: vec![None; workers],
             knowledge: Knowledge::new(workers, trace.distinct_blocks()),
             queue,
@@ -203,10 +241,18 @@ impl<'t> Run<'t> {
             match what {
                 Happening::Arrives(request) => {
                     deadline_us = deadline_us.max(at_us + DRAIN_US);
-                    self.arrives(at_us, request);
+                    self.served[request as usize].arrived_us = at_us;
+                    self.enters(at_us, request);
+                }
+                Happening::StartsAgain(request) => self.enters(at_us, request),
+                Happening::Befalls(worker, What::Dies) => self.dies(at_us, worker),
+                Happening::Befalls(worker, What::Joins) => {
+                    self.there[worker as usize] = true;
+                    self.drains(at_us);
                 }
                 Happening::Submits(request, worker) => self.submits(at_us, request, worker),
                 Happening::Steps(worker) => self.steps(at_us, worker),
+                Happening::Tells(worker, _) if !self.there[worker as usize] => {}
                 Happening::Tells(worker, events) => {
                     for event in &events {
                         self.knowledge.apply(worker as usize, event);
@@ -231,8 +277,22 @@ impl<'t> Run<'t> {
         Outcome { policy: self.scheduler.policy().name(), end_us: now_us, served: self.served, workers }
     }
 
-    fn arrives(&mut self, now_us: u64, index: u32) {
-        self.served[index as usize].arrived_us = now_us;
+    fn dies(&mut self, now_us: u64, worker: u32) {
+        let w = worker as usize;
+        self.there[w] = false;
+        self.step_at[w] = None;
+        self.knowledge.clear(w);
+        for index in 0..self.runs_at.len() {
+            if self.runs_at[index] == Some(worker) {
+                self.runs_at[index] = None;
+                self.scheduler.end(RequestId(index as u64), now_us as f64 / 1000.0);
+                self.queue.push(now_us + self.config.network_us, Happening::StartsAgain(index as u32));
+            }
+        }
+        self.scheduler.forget(Worker::new(u64::from(worker), 0));
+    }
+
+    fn enters(&mut self, now_us: u64, index: u32) {
         if self.parked.is_none() {
             self.dispatches(now_us, index, false);
             return;
@@ -297,6 +357,7 @@ impl<'t> Run<'t> {
             .held
             .iter()
             .enumerate()
+            .filter(|(w, _)| self.there[*w])
             .map(|(w, held)| {
                 let mut candidate = Candidate::new(Worker::new(w as u64, 0), profile);
                 candidate.overlap = OverlapTokens {
@@ -322,7 +383,7 @@ impl<'t> Run<'t> {
         }
         self.scheduler
             .decide(&asked, &candidates, now_ms, &mut self.rng, &mut self.decision)
-            .expect("a simulated worker is always eligible");
+            .expect("incidents leave a worker, and a simulated worker is always eligible");
         let worker = self.decision.order[0];
         self.scheduler
             .book(&asked, &self.decision, worker, now_ms)
@@ -331,6 +392,7 @@ impl<'t> Run<'t> {
         let served = &mut self.served[index as usize];
         served.sent_us = now_us;
         served.worker = w as u32;
+        self.runs_at[index as usize] = Some(w as u32);
         served.expected_cached_tokens = self.decision.row(worker).map_or(0, |r| r.cached_tokens);
         if self.reads_cache && self.config.predict_us > 0 {
             self.knowledge.predict(w, blocks, now_us + self.config.predict_us);
@@ -340,6 +402,9 @@ impl<'t> Run<'t> {
     }
 
     fn submits(&mut self, now_us: u64, index: u32, worker: u32) {
+        if self.runs_at[index as usize] != Some(worker) {
+            return; // it died meanwhile
+        }
         let request = &self.trace.requests[index as usize];
         let blocks = self.trace.blocks(request).iter().map(|id| BlockHash(u64::from(*id))).collect();
         let submitted = kvlane_engine::Request {
@@ -381,7 +446,7 @@ impl<'t> Run<'t> {
             let index = token.request.0 as u32;
             let served = &mut self.served[index as usize];
             if token.index == 0 {
-                served.first_token_us = Some(client_us);
+                served.first_token_us.get_or_insert(client_us);
                 served.cached_tokens = token.cached_tokens;
                 self.scheduler.first_token(RequestId(token.request.0), client_ms);
             } else {
@@ -408,6 +473,7 @@ impl<'t> Run<'t> {
     }
 
     fn ends(&mut self, now_us: u64, index: u32) {
+        self.runs_at[index as usize] = None;
         self.scheduler.end(RequestId(u64::from(index)), now_us as f64 / 1000.0);
         self.unfinished -= 1;
         if let Some(next) = self.next_turn[index as usize]

@@ -3,12 +3,12 @@
 //! Every (workers, speed, policy, seed) is a run of its own and deterministic; they are spread over the machine's cores and put back in order, so
 //! the output does not depend on the machine.
 
-use crate::source::{Source, parse_positive};
+use crate::source::{Source, parse_at, parse_positive};
 use anyhow::{Context, bail};
 use kvlane_sched::Policy;
 use kvlane_sched::policy::NAMES;
 use kvlane_sim::bounds::bounds;
-use kvlane_sim::fleet::{self, FleetConfig};
+use kvlane_sim::fleet::{self, FleetConfig, Incident, What};
 use kvlane_sim::report::{self, Cell, Comparison, Curves};
 use kvlane_sim::trace::{Start, Trace};
 use std::io::Write;
@@ -41,6 +41,18 @@ pub(crate) struct Args {
     /// How many times as fast as calibrated the engines are.
     #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = parse_positive)]
     engine_speed: f64,
+
+    /// A worker dies at a second of the run: its cache is lost, what ran there starts again elsewhere. Repeat for more.
+    #[arg(long, value_name = "WORKER@SECOND", value_parser = parse_at)]
+    dies: Vec<(u32, f64)>,
+
+    /// A worker comes at a second of the run, with an empty cache; it was not there before. Repeat for more.
+    #[arg(long, value_name = "WORKER@SECOND", value_parser = parse_at)]
+    joins: Vec<(u32, f64)>,
+
+    /// A worker is so many times as fast as the others (0.5: half as fast). Repeat for more.
+    #[arg(long, value_name = "WORKER@X", value_parser = parse_at)]
+    paced: Vec<(u32, f64)>,
 
     /// Runs of each cell, with seeds from --seed on.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1_000))]
@@ -92,6 +104,7 @@ impl std::str::FromStr for Contender {
 
 /// Runs everything that was asked for and writes the reports.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    args.check_incidents()?;
     let base = args.source.load()?;
     let comparison = compare(args, &base);
     if let Some(path) = &args.html {
@@ -106,6 +119,39 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
+impl Args {
+    /// Whether what happens to workers happens to some that are there, and leaves one.
+    fn check_incidents(&self) -> anyhow::Result<()> {
+        let fewest = self.workers.iter().copied().min().unwrap_or(1);
+        let all = || self.dies.iter().chain(&self.joins).chain(&self.paced);
+        if let Some((worker, _)) = all().find(|(worker, _)| *worker >= fewest) {
+            bail!("there is no worker {worker} in a fleet of {fewest}: they are counted from 0");
+        }
+        let untouched = |worker: &u32| !self.dies.iter().chain(&self.joins).any(|(w, _)| w == worker);
+        if !(0..fewest).any(|worker| untouched(&worker)) {
+            bail!("--dies and --joins must leave a worker that is there all the time");
+        }
+        if let Some((worker, _)) = self.paced.iter().find(|(_, pace)| *pace <= 0.0) {
+            bail!("--paced {worker}@0: it must be above 0");
+        }
+        Ok(())
+    }
+
+    fn befall(&self, config: &mut FleetConfig) {
+        for (what, list) in [(What::Dies, &self.dies), (What::Joins, &self.joins)] {
+            config.incidents.extend(list.iter().map(|(worker, second)| Incident {
+                at_us: (second * 1e6) as u64,
+                worker: *worker,
+                what,
+            }));
+        }
+        for (worker, pace) in &self.paced {
+            config.speeds.resize(config.speeds.len().max(*worker as usize + 1), 1.0);
+            config.speeds[*worker as usize] = *pace;
+        }
+    }
+}
+
 fn compare(args: &Args, base: &Trace) -> Comparison {
     let shape = |speed: f64| args.source.shape(speed);
     let first_seed = args.source.seed;
@@ -116,6 +162,7 @@ fn compare(args: &Args, base: &Trace) -> Comparison {
         config.predict_us = predict_us;
         config.engine.blocks = args.kv_blocks.unwrap_or(config.engine.blocks);
         config.engine.timing = config.engine.timing.faster(args.engine_speed);
+        args.befall(&mut config);
         config
     };
 

@@ -60,6 +60,10 @@ pub(crate) struct Source {
     #[arg(long, value_name = "SECONDS")]
     think_cap: Option<f64>,
 
+    /// A burst: so many requests more that begin with one prefix of 8,192 tokens, within a second.
+    #[arg(long, value_name = "REQUESTS@SECOND", value_parser = parse_burst)]
+    burst: Option<(u32, f64)>,
+
     /// The (first) seed of everything that is drawn.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
@@ -91,6 +95,7 @@ impl Source {
             window_ms: Some((self.start * 1000.0, self.end.map_or(f64::INFINITY, |s| s * 1000.0))),
             max_input_tokens: self.max_input,
             think_cap_ms: self.think_cap.map(|s| s * 1000.0),
+            burst: self.burst.map(|(requests, second)| (requests, second * 1000.0)),
         }
     }
 }
@@ -101,6 +106,19 @@ pub(crate) fn parse_positive(text: &str) -> Result<f64, String> {
         Ok(x) if x.is_finite() && x > 0.0 => Ok(x),
         _ => Err("must be a number above 0".to_owned()),
     }
+}
+
+/// `NUMBER@NUMBER`.
+pub(crate) fn parse_at(text: &str) -> Result<(u32, f64), String> {
+    let parts = text.split_once('@').and_then(|(n, at)| Some((n.parse().ok()?, at.parse().ok()?)));
+    parts
+        .filter(|(_, at): &(u32, f64)| at.is_finite() && *at >= 0.0)
+        .ok_or_else(|| "must be like 3@60".to_owned())
+}
+
+fn parse_burst(text: &str) -> Result<(u32, f64), String> {
+    let burst = parse_at(text)?;
+    if burst.0 <= 100_000 { Ok(burst) } else { Err("must be at most 100000 requests".to_owned()) }
 }
 
 fn parse_format(text: &str) -> Result<Format, String> {

@@ -21,7 +21,16 @@ pub struct Shape {
     pub max_input_tokens: Option<u32>,
     /// Cap of each delay inside a session, before speed-up.
     pub think_cap_ms: Option<f64>,
+    /// So many requests with one prefix more, within a second from this time on (after speed-up).
+    pub burst: Option<(u32, f64)>,
 }
+
+/// Prompt that all requests of a burst begin with.
+const BURST_PREFIX_TOKENS: u32 = 8_192;
+/// What follows it in each.
+const BURST_OWN_TOKENS: u32 = 200;
+/// Their answers.
+const BURST_OUTPUT_TOKENS: u32 = 100;
 
 impl Default for Shape {
     fn default() -> Self {
@@ -33,6 +42,7 @@ impl Default for Shape {
             window_ms: None,
             max_input_tokens: None,
             think_cap_ms: None,
+            burst: None,
         }
     }
 }
@@ -75,6 +85,17 @@ impl Shape {
                     request.output_tokens,
                     &ids,
                 );
+            }
+        }
+        if let Some((requests, at_ms)) = self.burst {
+            let (first, sessions) = (out.distinct, out.sessions);
+            ids.clear();
+            ids.extend(first..first + BURST_PREFIX_TOKENS.div_ceil(out.block_tokens));
+            let prompt_tokens =
+                ids.len() as u32 * out.block_tokens + BURST_OWN_TOKENS.min(out.block_tokens - 1);
+            for n in 0..requests {
+                let start = Start::AtMs(at_ms + rng.unit() * 1000.0);
+                out.push(sessions + n, start, prompt_tokens, BURST_OUTPUT_TOKENS, &ids);
             }
         }
         order(&mut out);
