@@ -38,10 +38,8 @@ pub(crate) struct InFlight {
     worker: Worker,
     expected: Expected,
     first_byte: Option<Instant>,
-    /// Pieces of the stream that were not reported yet.
-    pieces: u32,
-    /// Pieces of the stream.
-    all_pieces: u64,
+    /// Pieces of the stream; each whole [`OUTPUT_BATCH`] was reported.
+    pieces: u64,
     status: u16,
     outcome: Outcome,
     usage: Usage,
@@ -84,7 +82,6 @@ impl InFlight {
             expected,
             first_byte: None,
             pieces: 0,
-            all_pieces: 0,
             status: 499,
             outcome: Outcome::ClientGone,
             usage: Usage::default(),
@@ -155,12 +152,15 @@ impl InFlight {
     /// Another piece of a stream is here: about a token.
     pub(super) fn piece(&mut self) {
         self.pieces += 1;
-        self.all_pieces += 1;
-        if self.pieces == OUTPUT_BATCH {
+        if self.unreported() == 0 {
             let id = self.request_id();
-            let tokens = std::mem::take(&mut self.pieces);
-            self.gateway.desk.tell(id, Report::Output(tokens));
+            self.gateway.desk.tell(id, Report::Output(OUTPUT_BATCH));
         }
+    }
+
+    /// Pieces of the stream since the last report.
+    fn unreported(&self) -> u32 {
+        (self.pieces % u64::from(OUTPUT_BATCH)) as u32
     }
 
     /// The whole answer was passed on.
@@ -263,7 +263,7 @@ impl InFlight {
                 .usage
                 .prompt_tokens
                 .unwrap_or_else(|| self.record.decision.prompt_tokens.into()),
-            output_tokens: self.usage.completion_tokens.unwrap_or(self.all_pieces),
+            output_tokens: self.usage.completion_tokens.unwrap_or(self.pieces),
             blocks: self.expected.blocks.clone(),
             cached_tokens: self.usage.cached_tokens,
             first_byte_ms,
@@ -280,9 +280,9 @@ impl InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        let (id, pieces) = (self.request_id(), self.pieces);
+        let id = self.request_id();
         // An engine that counts what it generated has told more than pieces can.
-        let untold = if self.usage.completion_tokens.is_some() { 0 } else { pieces };
+        let untold = if self.usage.completion_tokens.is_some() { 0 } else { self.unreported() };
         self.gateway.desk.tell(id, Report::End(untold));
         self.leaves_worker();
         self.gateway.admission.room_may_be();
