@@ -8,6 +8,7 @@
 use axum::Router;
 use hyper::server::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulConnection;
 use hyper_util::service::TowerToHyperService;
 use std::io;
 use std::net::SocketAddr;
@@ -128,42 +129,41 @@ async fn connection(stream: TcpStream, router: Router, limits: Limits, closing: 
     let Ok(Ok(http2)) = spoken else { return };
     let (stream, service) = (TokioIo::new(stream), TowerToHyperService::new(router));
     let ended = if http2 {
-        let mut serving = pin!(
-            http2::Builder::new(TokioExecutor::new())
-                .timer(TokioTimer::new())
-                .max_header_list_size(u32::try_from(limits.head_bytes).unwrap_or(u32::MAX))
-                .max_concurrent_streams(STREAMS_MAX)
-                .initial_stream_window_size(WINDOW_BYTES.0)
-                .initial_connection_window_size(WINDOW_BYTES.1)
-                .keep_alive_interval(KEEPALIVE)
-                .keep_alive_timeout(KEEPALIVE)
-                .serve_connection(stream, service)
-        );
-        tokio::select! {
-            ended = &mut serving => ended,
-            () = closing.cancelled() => {
-                serving.as_mut().graceful_shutdown();
-                serving.await
-            }
-        }
+        let serving = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .max_header_list_size(u32::try_from(limits.head_bytes).unwrap_or(u32::MAX))
+            .max_concurrent_streams(STREAMS_MAX)
+            .initial_stream_window_size(WINDOW_BYTES.0)
+            .initial_connection_window_size(WINDOW_BYTES.1)
+            .keep_alive_interval(KEEPALIVE)
+            .keep_alive_timeout(KEEPALIVE)
+            .serve_connection(stream, service);
+        to_its_end(serving, &closing).await
     } else {
-        let mut serving = pin!(
-            http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(limits.head_timeout)
-                .max_buf_size(limits.head_bytes)
-                .serve_connection(stream, service)
-        );
-        tokio::select! {
-            ended = &mut serving => ended,
-            () = closing.cancelled() => {
-                serving.as_mut().graceful_shutdown();
-                serving.await
-            }
-        }
+        let serving = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(limits.head_timeout)
+            .max_buf_size(limits.head_bytes)
+            .serve_connection(stream, service);
+        to_its_end(serving, &closing).await
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "a connection ended early");
+    }
+}
+
+/// Serves a connection to its end; once the server closes, what was asked is answered and nothing more is taken.
+async fn to_its_end<C: GracefulConnection>(
+    connection: C,
+    closing: &CancellationToken,
+) -> Result<(), C::Error> {
+    let mut connection = pin!(connection);
+    tokio::select! {
+        ended = &mut connection => ended,
+        () = closing.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
     }
 }
 
