@@ -5,6 +5,7 @@
 
 mod demo;
 mod events_cmd;
+mod http_client;
 mod index_run;
 mod indexer;
 mod mock_engine;

@@ -1,25 +1,17 @@
 //! A client of an OpenAI-compatible server, as small as the demo and the tests need it.
 
+use crate::http_client::HttpClient;
 use anyhow::Context;
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::client::legacy::Client as Pool;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper::{Method, Response, StatusCode};
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
-/// Below the time after which engines close idle connections.
-const IDLE: Duration = Duration::from_secs(4);
-
-/// A pool of connections to one server.
+/// A client of one server.
 #[derive(Clone)]
-pub(crate) struct Client {
-    pool: Pool<HttpConnector, Full<Bytes>>,
-    base: String,
-}
+pub(crate) struct Client(HttpClient);
 
 /// What came back for a streamed chat.
 pub(crate) struct Answer {
@@ -34,13 +26,7 @@ pub(crate) struct Answer {
 impl Client {
     /// A client of the server at `base`, such as `http://127.0.0.1:8080`.
     pub(crate) fn new(base: impl Into<String>) -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        let pool = Pool::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE)
-            .build(connector);
-        Self { pool, base: base.into() }
+        Self(HttpClient::new(base))
     }
 
     /// Sends a request, with a JSON body if there is one.
@@ -61,16 +47,8 @@ impl Client {
         headers: &[(&str, &str)],
         body: Option<&Value>,
     ) -> anyhow::Result<Response<Incoming>> {
-        let mut request = Request::builder()
-            .method(method)
-            .uri(format!("{}{path}", self.base))
-            .header("content-type", "application/json");
-        for (name, value) in headers {
-            request = request.header(*name, *value);
-        }
-        let request =
-            request.body(Full::new(body.map_or_else(Bytes::new, |body| Bytes::from(body.to_string()))))?;
-        self.pool.request(request).await.with_context(|| format!("no answer to {path}"))
+        let body = body.map_or_else(Bytes::new, |body| Bytes::from(body.to_string()));
+        self.0.send(method, path, headers, body).await
     }
 
     /// The status of a GET.

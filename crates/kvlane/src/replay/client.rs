@@ -3,30 +3,23 @@
 //! A chunk is parsed until the first token was seen; after that only the one that carries the usage, so that reading costs next to nothing and the figures
 //! are the server's.
 
+use crate::http_client::HttpClient;
 use anyhow::Context;
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use hyper::{Method, Request, Response};
-use hyper_util::client::legacy::Client as Pool;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper::{Method, Response};
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
-/// Below the time after which engines close idle connections.
-const IDLE: Duration = Duration::from_secs(4);
 /// Longest error that is repeated, in characters.
 const ERROR_CHARS: usize = 200;
 /// Longest event of a stream.
 const EVENT_BYTES_MAX: usize = 1 << 20;
 
-/// A pool of connections to one server.
+/// A client of one server.
 #[derive(Clone, Debug)]
-pub(crate) struct Client {
-    pool: Pool<HttpConnector, Full<Bytes>>,
-    base: String,
-}
+pub(crate) struct Client(HttpClient);
 
 /// What came back for one streamed request.
 #[derive(Clone, Debug, Default)]
@@ -53,13 +46,7 @@ impl Client {
             uri.scheme_str() == Some("http") && uri.authority().is_some(),
             "{base:?} is no http URL; give http://HOST:PORT (TLS is not spoken here)"
         );
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        let pool = Pool::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE)
-            .build(connector);
-        Ok(Self { pool, base: base.to_owned() })
+        Ok(Self(HttpClient::new(base)))
     }
 
     /// Sends a request and gives the head of the answer.
@@ -70,15 +57,7 @@ impl Client {
         headers: &[(&str, &str)],
         body: Option<Bytes>,
     ) -> anyhow::Result<Response<Incoming>> {
-        let mut request = Request::builder()
-            .method(method)
-            .uri(format!("{}{path}", self.base))
-            .header("content-type", "application/json");
-        for (name, value) in headers {
-            request = request.header(*name, *value);
-        }
-        let request = request.body(Full::new(body.unwrap_or_default()))?;
-        self.pool.request(request).await.with_context(|| format!("no answer from {}{path}", self.base))
+        self.0.send(method, path, headers, body.unwrap_or_default()).await
     }
 
     /// The first model that the server lists.
