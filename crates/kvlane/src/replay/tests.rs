@@ -7,11 +7,13 @@ use super::report::Report;
 use crate::mock_engine::MockEngine;
 use crate::mock_engine::tests::config;
 use crate::record;
+use http_body_util::BodyExt;
 use indicatif::ProgressBar;
 use kvlane_server::config::WorkerSpec;
 use kvlane_server::fleet::FleetConfig;
 use kvlane_server::{ServeConfig, serve};
 use kvlane_sim::trace::{Nature, ReadOptions, Shape, Trace, generate, read};
+use serde_json::Value;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -47,13 +49,20 @@ fn shared(trace: &Trace) -> Vec<usize> {
     shared
 }
 
-/// Waits until the router has found its workers out.
+/// Waits until the router has found all its workers out; `/ready` alone is content with one.
 pub(crate) async fn ready(url: &str) -> Client {
     let client = Client::new(url).expect("a URL");
-    while client.send(hyper::Method::GET, "/ready", &[], None).await.is_ok_and(|r| !r.status().is_success()) {
+    loop {
+        let answer = client.send(hyper::Method::GET, "/ready", &[], None).await.expect("an answer");
+        let is_ready = answer.status().is_success();
+        let body = answer.into_body().collect().await.expect("a whole answer").to_bytes();
+        let body: Value = serde_json::from_slice(&body).expect("JSON");
+        let workers = body["workers"].as_array().expect("a list of workers");
+        if is_ready && workers.iter().all(|worker| worker["health"] == "healthy") {
+            return client;
+        }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    client
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
