@@ -13,6 +13,9 @@ use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// Longest line, with what came after it: some three million numbers.
+const LINE_BYTES_MAX: usize = 64 << 20;
+
 /// Arguments of `kvlane record`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -100,6 +103,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
         while let Some(frame) = body.frame().await {
             let frame = frame.context("the router broke off")?;
             unread.extend_from_slice(frame.data_ref().map_or(&[], |data| data));
+            anyhow::ensure!(unread.len() <= LINE_BYTES_MAX, "the router sent a line of more than 64 MiB");
             while let Some(end) = unread.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = unread.drain(..=end).collect();
                 keep(&line, &mut block_size, &mut counts, &mut out)?;
