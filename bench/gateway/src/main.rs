@@ -113,7 +113,7 @@ fn main() -> Result<()> {
         }
         Arguments::Routing(arguments) => {
             let folder = Folder(std::path::absolute(&arguments.folder)?);
-            let out = arguments.out.clone().unwrap_or_else(|| results().join("routing.jsonl"));
+            let out = arguments.out.clone().unwrap_or_else(|| results(Path::new(ROOT)).join("routing.jsonl"));
             routing::run(&arguments, &folder, &out)
         }
         Arguments::Report => report::run(&results()),

@@ -19,6 +19,7 @@ use kvlane_index::{BlockHash, Overlap, Overlaps, Worker};
 use kvlane_prompt::{Endpoint, RequestFields};
 use kvlane_sched::{Adapter, Candidate, Decision, OverlapTokens, Reject, Request, RequestId};
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
@@ -108,6 +109,14 @@ pub(crate) struct Plan {
 
 /// What is known of the prompt in each partition, in the order of [`Plan::found`].
 type LookedUp = Vec<(Arc<Partition>, Overlaps)>;
+
+/// Overlaps that a thread keeps to be filled again; more are dropped. A request needs one for each partition of its model.
+const SPARE_MAX: usize = 8;
+
+thread_local! {
+    /// A lookup for 64 workers fills some kilobytes: after a thread's first requests none of them allocates for it.
+    static SPARE: RefCell<Vec<Overlaps>> = const { RefCell::new(Vec::new()) };
+}
 
 /// A worker that might serve the request.
 #[derive(Clone, Debug)]
@@ -420,7 +429,7 @@ impl Plan {
             let Some(blocks) = prompt_blocks(partition, instance, fields, &prompt, scheme, known) else {
                 continue;
             };
-            let mut overlaps = Overlaps::default();
+            let mut overlaps = SPARE.with_borrow_mut(Vec::pop).unwrap_or_default();
             blocks.index.overlap(&blocks.hashes, &mut overlaps);
             if self.ledger_ids.is_empty() {
                 self.ledger_id_tokens = ledger_ids(&blocks.hashes, blocks.block_size, &mut self.ledger_ids);
@@ -468,6 +477,10 @@ impl Plan {
                 });
             }
         }
+        SPARE.with_borrow_mut(|spare| {
+            let room = SPARE_MAX.saturating_sub(spare.len());
+            spare.extend(looked_up.into_iter().map(|(_, overlaps)| overlaps).take(room));
+        });
     }
 
     fn upstream(&self, offer: &Offer) -> &Arc<Upstream> {

@@ -38,6 +38,8 @@ const INLINE_NEW_BYTES_MAX: usize = 16 * 1024;
 const ENGINE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Questions to engines at a time; a request beyond is routed by load.
 const ENGINE_QUESTIONS_MAX: usize = 64;
+/// Engines that are asked one question, one after another, where the first ones cannot be reached.
+const ENGINES_ASKED_MAX: usize = 2;
 /// Longest answer of an engine's `/tokenize`: a million tokens are about 7 MB.
 const ENGINE_ANSWER_BYTES_MAX: usize = 32 << 20;
 /// Memory for the engines' answers, so that a repeated prompt is not asked for again.
@@ -388,7 +390,7 @@ impl Prompts {
                 RemotePrompt::Tokens(tokens) => prompts.push(tokens.into()),
                 RemotePrompt::Ask(body) => {
                     from = Tokens::Engine;
-                    match self.ask_one(body, serving, table, headers).await {
+                    match self.ask_one(body.into(), serving, table, headers).await {
                         Ok(tokens) => prompts.push(Known { tokens, ..Known::default() }),
                         Err(why) => return Ok(Tokenized::unknown(why)),
                     }
@@ -400,7 +402,7 @@ impl Prompts {
 
     async fn ask_one(
         &self,
-        body: Vec<u8>,
+        body: Bytes,
         serving: &[Arc<Instance>],
         table: &Table,
         headers: &HeaderMap,
@@ -410,8 +412,16 @@ impl Prompts {
             return Ok(tokens);
         }
         let Ok(_question) = self.asking.try_acquire() else { return Err("tokenize-busy") };
-        let upstream = self.next(serving, table).ok_or("no-worker")?;
-        let tokens = Arc::new(question(body, &upstream, headers.get(AUTHORIZATION)).await?);
+        let mut answer = Err("no-worker");
+        // An engine that just died may still be listed: the next one knows as well.
+        for _ in 0..serving.len().min(ENGINES_ASKED_MAX) {
+            let Some(upstream) = self.next(serving, table) else { continue };
+            answer = question(body.clone(), &upstream, headers.get(AUTHORIZATION)).await;
+            if !matches!(answer, Err("tokenize-unreachable" | "tokenize-failed")) {
+                break;
+            }
+        }
+        let tokens = Arc::new(answer?);
         self.answers.insert(key, Arc::clone(&tokens));
         Ok(tokens)
     }
@@ -449,7 +459,7 @@ async fn compare(
     // A prompt of token ids, or one that cannot be asked about, says nothing.
     let Ok(mut questions) = tokenize_bodies(request) else { return };
     let Some(RemotePrompt::Ask(body)) = questions.pop() else { return };
-    let engine = match question(body, upstream, key).await {
+    let engine = match question(body.into(), upstream, key).await {
         Ok(engine) => engine,
         Err(reason) => {
             standing.could_not();
@@ -471,7 +481,7 @@ async fn compare(
         None => Blame::Tokenizer,
         Some(text) => {
             let body = serde_json::json!({ "model": name, "prompt": text, "add_special_tokens": false });
-            match question(body.to_string().into_bytes(), upstream, key).await {
+            match question(body.to_string().into(), upstream, key).await {
                 Ok(of_text) if of_text == here => Blame::Template,
                 Ok(_) => Blame::Tokenizer,
                 Err(_) => Blame::Unknown,
@@ -497,7 +507,7 @@ async fn compare(
 
 /// One question to one engine.
 async fn question(
-    body: Vec<u8>,
+    body: Bytes,
     upstream: &Upstream,
     key: Option<&HeaderValue>,
 ) -> Result<Vec<u32>, &'static str> {
@@ -507,12 +517,11 @@ async fn question(
 }
 
 async fn ask_engine(
-    body: Vec<u8>,
+    body: Bytes,
     upstream: &Upstream,
     key: Option<&HeaderValue>,
 ) -> Result<Vec<u32>, &'static str> {
     let uri: Uri = format!("{}/tokenize", upstream.prefix).parse().map_err(|_| "tokenize-failed")?;
-    let body = Bytes::from(body);
     let request = || {
         let mut request = Request::new(Full::new(body.clone()));
         *request.method_mut() = Method::POST;
@@ -545,4 +554,52 @@ async fn ask_engine(
 /// Now, as templates print it: engines' containers run in UTC.
 fn unix_s() -> i64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::task::Poll;
+
+    fn chat(text: &str) -> Arc<RequestFields> {
+        let body = serde_json::json!({ "model": "m", "messages": [{ "role": "user", "content": text }] })
+            .to_string();
+        Arc::new(RequestFields::parse(Endpoint::Chat, body.into()).expect("a chat"))
+    }
+
+    async fn at_once<F: Future>(future: F) -> Option<F::Output> {
+        let mut future = pin!(future);
+        std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
+            Poll::Ready(output) => Poll::Ready(Some(output)),
+            Poll::Pending => Poll::Ready(None),
+        })
+        .await
+    }
+
+    #[tokio::test]
+    async fn a_long_prompt_waits_for_its_turn_and_nobody_waits_for_it() {
+        let files = Path::new(env!("CARGO_MANIFEST_DIR")).join("../kvlane-prompt/tests/models/llama3-like");
+        let model = ModelPrompt::load(&files, PromptConfig::default()).expect("a model's files");
+        let local = Arc::new(Local { name: "m".into(), model, standing: Standing::default() });
+        let prompts = Prompts::new(TokenizerSetting::Auto);
+        let (known, long) = (chat(&"known words ".repeat(6_000)), chat(&"other words ".repeat(90_000)));
+        assert!(at_once(prompts.tokenize(&local, &known)).await.is_none(), "72 kB of new text: on the pool");
+        prompts.tokenize(&local, &known).await.expect("tokens");
+
+        let turns = u32::try_from(prompts.working.available_permits()).expect("few");
+        let all_taken = prompts.working.acquire_many(turns).await.expect("open");
+        {
+            let mut waiting = pin!(prompts.tokenize(&local, &long));
+            assert!(at_once(waiting.as_mut()).await.is_none(), "a megabyte of new text");
+            for request in [&chat("short"), &known] {
+                let found = at_once(prompts.tokenize(&local, request)).await;
+                assert!(matches!(found, Some(Ok(Tokenized { from: Tokens::Local, .. }))));
+            }
+            assert!(at_once(waiting.as_mut()).await.is_none(), "no more at a time than there are turns");
+            drop(all_taken);
+            let found = waiting.await.expect("tokens");
+            assert!(found.prompts[0].tokens.len() > 90_000);
+        }
+        assert_eq!(prompts.working.available_permits(), turns as usize);
+    }
 }

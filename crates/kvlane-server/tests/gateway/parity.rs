@@ -9,6 +9,7 @@ use kvlane_server::TokenizerSetting;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 fn files() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../kvlane-prompt/tests/models/llama3-like")
@@ -102,4 +103,26 @@ async fn a_dry_run_tells_which_tokens_it_went_by() {
     assert!(found[0]["tokens_hash"].is_string(), "{}", found[0]);
     assert_eq!(found[0]["tokens_hash"], found[1]["tokens_hash"]);
     assert_ne!(found[1]["tokens_hash"], found[2]["tokens_hash"]);
+}
+
+#[tokio::test]
+async fn another_engine_is_asked_where_one_cannot_be_reached() {
+    let right = Arc::new(AtomicBool::new(false));
+    let engines =
+        [Engine::start(Act::Json(200, "{}".into())).await, Engine::start(Act::Json(200, "{}".into())).await];
+    engines.iter().for_each(|engine| engine.tokenize(engine_tokens(&right)));
+    let router = router(&engines.each_ref().map(url), |config| {
+        config.policy = "kv".parse().unwrap();
+        config.tokenizer = TokenizerSetting::Engine;
+        // Nobody tells the router.
+        config.fleet.probe_interval = Duration::from_secs(600);
+    })
+    .await;
+    engines[0].kill();
+    for i in 0..4 {
+        // Each its own text: the engine's answers are remembered.
+        let why = json(router.post("/kvlane/explain", &CHAT.replace("hi", &format!("hi {i}"))).await).await;
+        assert_eq!(why["tokens_from"], "engine", "{why}");
+    }
+    router.end().await;
 }
