@@ -51,6 +51,10 @@ enum Arguments {
         /// Where peers are installed and logs are written.
         #[arg(long)]
         folder: PathBuf,
+        /// The project's folder: its documents are the prompts' words, and the rows go below it. On another machine than the one that
+        /// built this, it must be named.
+        #[arg(long, default_value = ROOT)]
+        root: PathBuf,
     },
     /// The mock engine.
     Engine {
@@ -79,12 +83,21 @@ enum Arguments {
     /// One trace through kvlane and its peers to mock engines with real caches: hit rates and times to first token.
     Routing(routing::Arguments),
     /// Tables of BENCHMARKS.md from the rows.
-    Report,
+    Report {
+        /// Files of rows, if the parts of the grid were measured at once, by commas; they become one.
+        #[arg(long, value_delimiter = ',')]
+        join: Vec<PathBuf>,
+        /// The commit that was measured, where the machine that measured did not know.
+        #[arg(long)]
+        commit: Option<String>,
+    },
 }
+
+const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
 fn main() -> Result<()> {
     match Arguments::parse() {
-        Arguments::Run { quick, rounds, time_ms, only, cells, kvlane, folder } => {
+        Arguments::Run { quick, rounds, time_ms, only, cells, kvlane, folder, root } => {
             let chosen = |kind: &routers::Kind| {
                 *kind == routers::Kind::Direct
                     || only.is_empty()
@@ -97,13 +110,12 @@ fn main() -> Result<()> {
                 .filter(|cell| cells.is_empty() || cells.iter().any(|part| name(cell).contains(part)))
                 .collect();
             let time = Duration::from_millis(time_ms);
-            let sheet = measure(&kinds, &grid, rounds, time, &kvlane, &Folder(std::path::absolute(folder)?))?;
+            let folder = Folder(std::path::absolute(folder)?);
             // A part of the table is for whoever asked for it.
-            if quick || !only.is_empty() || !cells.is_empty() {
-                return sheet.write(&results().join("quick.jsonl"));
-            }
-            sheet.write(&results().join("gateway.jsonl"))?;
-            report::run(&results())
+            let part = quick || !only.is_empty() || !cells.is_empty();
+            let rows = results(&root).join(if part { "quick.jsonl" } else { "gateway.jsonl" });
+            measure(&kinds, &grid, Sheet::begin(&root, rounds, time), &rows, &kvlane, &folder, &root)?;
+            if part { Ok(()) } else { report::run(&root, &results(&root)) }
         }
         Arguments::Engine { ports, tokenizes } => runtime()?.block_on(engine::run(&ports, tokenizes)),
         Arguments::Soak { kvlane, folder, clients, seconds } => {
@@ -116,12 +128,18 @@ fn main() -> Result<()> {
             let out = arguments.out.clone().unwrap_or_else(|| results(Path::new(ROOT)).join("routing.jsonl"));
             routing::run(&arguments, &folder, &out)
         }
-        Arguments::Report => report::run(&results()),
+        Arguments::Report { join, commit } => {
+            let (root, results) = (Path::new(ROOT), results(Path::new(ROOT)));
+            if !join.is_empty() {
+                sheet::join(&join, commit.as_deref(), &results.join("gateway.jsonl"))?;
+            }
+            report::run(root, &results)
+        }
     }
 }
 
-fn results() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("results")
+fn results(root: &Path) -> PathBuf {
+    root.join("bench/gateway/results")
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {
@@ -144,16 +162,14 @@ fn grid(quick: bool) -> Vec<Cell> {
         add(8_192, Kind::Growing, true, &[1, 64]);
         return cells;
     }
-    for streams in [false, true] {
-        add(50, Kind::Cold, streams, &[1, 64, 512]);
-        add(8_192, Kind::Cold, streams, &[1, 64]);
-        add(8_192, Kind::Growing, streams, &[1, 64, 512]);
-        add(8_192, Kind::Hot, streams, &[1, 64]);
+    for kind in [Kind::Cold, Kind::Growing, Kind::Hot] {
+        for streams in [false, true] {
+            add(50, kind, streams, &[1, 64, 512]);
+            add(8_192, kind, streams, &[1, 64, 512]);
+            // 512 bodies of 600 kB at a time would measure the machine's memory.
+            add(100_000, kind, streams, &[1, 64]);
+        }
     }
-    add(100_000, Kind::Cold, false, &[1, 16]);
-    add(100_000, Kind::Growing, false, &[1, 16]);
-    add(100_000, Kind::Growing, true, &[1]);
-    add(100_000, Kind::Hot, false, &[1, 16]);
     cells
 }
 
@@ -198,16 +214,16 @@ impl Drop for Engines {
 fn measure(
     kinds: &[routers::Kind],
     grid: &[Cell],
-    rounds: usize,
-    time: Duration,
+    mut sheet: Sheet,
+    rows_file: &Path,
     kvlane: &Path,
     folder: &Folder,
-) -> Result<Sheet> {
+    root: &Path,
+) -> Result<()> {
     folder.install()?;
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let words = Words::read(&root);
+    let words = Words::read(root);
     let (plain, tokenizing) = (Engines::start(false)?, Engines::start(true)?);
-    let mut sheet = Sheet::begin(&root, rounds, time);
+    let (rounds, time) = (sheet.rounds(), sheet.time());
     let mut routers = Vec::new();
     for kind in kinds {
         let engines = if kind.asks_tokenize() { &tokenizing } else { &plain };
@@ -244,6 +260,8 @@ fn measure(
         for row in rows {
             sheet.add(row);
         }
+        // Whatever ends the run, what was measured until then stays.
+        sheet.write(rows_file)?;
     }
-    Ok(sheet)
+    Ok(())
 }

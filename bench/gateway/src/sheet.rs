@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -12,31 +12,41 @@ use serde::{Deserialize, Serialize};
 use crate::load::{Cell, Seen};
 use crate::routers::Router;
 
-/// Busy and idle ticks of the machine since it started.
+/// Busy and idle ticks of the cores that this process may use, since the machine started.
 pub struct MachineCpu {
     busy: u64,
     all: u64,
 }
 
+/// Numbers of the cores that this process may use.
+fn own_cores() -> Vec<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let list = status.lines().find_map(|l| l.strip_prefix("Cpus_allowed_list:")).unwrap_or_default();
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        Some(first.parse::<usize>().ok()?..=last.parse::<usize>().ok()?)
+    };
+    list.trim().split(',').filter_map(range).flatten().collect()
+}
+
 /// From `/proc/stat`.
 pub fn machine_cpu() -> MachineCpu {
     let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
-    let ticks: Vec<u64> = text
-        .lines()
-        .next()
-        .unwrap_or_default()
-        .split_whitespace()
-        .skip(1)
-        .filter_map(|t| t.parse().ok())
-        .take(8)
-        .collect();
-    let all: u64 = ticks.iter().sum();
-    let idle = ticks.get(3).copied().unwrap_or(0) + ticks.get(4).copied().unwrap_or(0);
-    MachineCpu { busy: all - idle, all }
+    let mut sum = MachineCpu { busy: 0, all: 0 };
+    for core in own_cores() {
+        let name = format!("cpu{core} ");
+        let Some(line) = text.lines().find_map(|l| l.strip_prefix(&name)) else { continue };
+        let ticks: Vec<u64> = line.split_whitespace().filter_map(|t| t.parse().ok()).take(8).collect();
+        let all: u64 = ticks.iter().sum();
+        let idle = ticks.get(3).copied().unwrap_or(0) + ticks.get(4).copied().unwrap_or(0);
+        sum.all += all;
+        sum.busy += all - idle;
+    }
+    sum
 }
 
 impl MachineCpu {
-    /// Share of the machine that others used until `after`, of which `own_ns` were ours.
+    /// Share of the cores that others used until `after`, if `own_ns` were ours.
     pub fn foreign_share(&self, after: &Self, own_ns: u64) -> f64 {
         const TICK_NS: f64 = 1e7;
         let all = (after.all - self.all) as f64 * TICK_NS;
@@ -141,15 +151,25 @@ impl Sheet {
     pub fn begin(root: &Path, rounds: usize, time: Duration) -> Self {
         let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let model = info.lines().find(|l| l.starts_with("model name")).and_then(|l| l.split_once(": "));
-        let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+        let (own, all) = (own_cores().len(), info.lines().filter(|l| l.starts_with("model name")).count());
         let machine = format!(
-            "{cores} × {}; Linux {}; commit {}; {}",
+            "{own} of {all} cores, {}; Linux {}; commit {}; {}",
             model.map_or("unknown", |(_, name)| name),
             output("uname", &["-r"], root),
             output("git", &["rev-parse", "--short", "HEAD"], root),
             output("date", &["-u", "+%Y-%m-%d %H:%M UTC"], root),
         );
         Self { head: Head { machine, rounds, time_ms: time.as_millis() as u64 }, lines: Vec::new() }
+    }
+
+    /// Interleaved rounds.
+    pub fn rounds(&self) -> usize {
+        self.head.rounds
+    }
+
+    /// Of one router, cell and round.
+    pub fn time(&self) -> Duration {
+        Duration::from_millis(self.head.time_ms)
     }
 
     /// One router's rounds in one cell.
@@ -191,6 +211,26 @@ impl Sheet {
         }
         Ok(())
     }
+}
+
+/// Writes the rows of several files, which were made in the same way, as one.
+pub fn join(parts: &[PathBuf], commit: Option<&str>, path: &Path) -> Result<()> {
+    let mut whole: Option<Sheet> = None;
+    for part in parts {
+        let (head, lines) = read(part).with_context(|| part.display().to_string())?;
+        let whole = whole.get_or_insert(Sheet { head: head.clone(), lines: Vec::new() });
+        anyhow::ensure!(
+            (head.rounds, head.time_ms) == (whole.head.rounds, whole.head.time_ms),
+            "{} was made with other rounds than those before it",
+            part.display()
+        );
+        whole.lines.extend(lines);
+    }
+    let mut whole = whole.context("no files")?;
+    if let Some(commit) = commit {
+        whole.head.machine = whole.head.machine.replace("commit ;", &format!("commit {commit};"));
+    }
+    whole.write(path)
 }
 
 /// Reads what [`Sheet::write`] wrote.
