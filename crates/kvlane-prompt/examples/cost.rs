@@ -1,4 +1,4 @@
-//! CPU time that a chat request costs from body to tokens.
+//! CPU time that a chat request costs from body to tokens: known, new, and beside it what the library `tokenizers` takes for the same text.
 //!
 //! Usage: `cost MODEL_DIR TEXT_FILE`. The text is cut into messages of a conversation of about 8,000 and of about 100,000
 //! tokens; see BENCHMARKS.md for models, machine and results.
@@ -35,6 +35,8 @@ fn main() {
         ModelPrompt::load(Path::new(model), config).expect("a model's directory")
     };
     let (without, with) = (load(0), load(256 << 20));
+    let library = Path::new(model).join("tokenizer.json");
+    let library = tokenizers::Tokenizer::from_file(library).expect("a tokenizer.json");
     let mut text = std::fs::read_to_string(text).expect("a text file");
     while text.len() < 500_000 {
         text.push_str(&text.clone());
@@ -42,7 +44,8 @@ fn main() {
     for bytes in [200, 36_000, 450_000] {
         let bytes = (bytes..).find(|&b| text.is_char_boundary(b)).expect("the text is longer");
         let rounds = if bytes < 1000 { 200 } else { 10 };
-        let (mut parse, mut cold, mut known, mut tokens) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        let (mut parse, mut cold, mut known, mut theirs, mut tokens) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new(), 0);
         for turn in 0..rounds {
             let body = body(&text, turn, bytes);
             let start = ThreadTime::now();
@@ -55,15 +58,22 @@ fn main() {
                 tokens = model.tokens(&fields, 0).expect("a prompt")[0].tokens.len();
                 times.push(start.elapsed());
             }
+            let rendered = with.render(&fields, 0).expect("a text");
+            let start = ThreadTime::now();
+            let found = library.encode_fast(rendered.as_str(), false).expect("tokens").get_ids().len();
+            theirs.push(start.elapsed());
+            assert_eq!(found, tokens, "the library finds as many");
         }
         let median = |v: &mut Vec<std::time::Duration>| {
             v.sort_unstable();
             v[v.len() / 2].as_secs_f64() * 1e6
         };
         let (parse, cold, known) = (median(&mut parse), median(&mut cold), median(&mut known));
+        let theirs = median(&mut theirs);
         println!(
-            "{tokens:>7} tokens, {bytes:>6} bytes: parse {parse:.0} us, render and tokenize {cold:.0} us, known {known:.0} us, whole {:.1} : 1",
-            (parse + cold) / (parse + known)
+            "{tokens:>7} tokens, {bytes:>6} bytes: parse {parse:.0} us, render and tokenize {cold:.0} us, known {known:.0} us; tokenizing by the library alone {theirs:.0} us; parse and cold : parse and known {:.1}, library : known {:.1}",
+            (parse + cold) / (parse + known),
+            theirs / known
         );
     }
 }
