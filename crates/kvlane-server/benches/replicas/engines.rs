@@ -150,8 +150,10 @@ impl Client {
     }
 
     pub async fn ask(&mut self, method: &str, path: &str, body: &str) -> String {
-        let request =
-            format!("{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
         self.0.get_mut().write_all(request.as_bytes()).await.unwrap();
         let (mut length, mut line) = (0, String::new());
         loop {

@@ -6,8 +6,9 @@
 //!   first one all the time. Printed: the time until the second one is in step with all ranks, whether it then answers alike, and latencies of
 //!   `/query_by_hash` before and meanwhile.
 //! * `remote`: see [`remote`].
+//! * `balance`: see [`balance`].
 //!
-//! `cargo bench -p kvlane-server --bench replicas -- bootstrap|remote [pairs] [ranks]`
+//! `cargo bench -p kvlane-server --bench replicas -- bootstrap|remote [pairs] [ranks]`, or `-- balance LISTEN ROUTER…`
 
 #![expect(
     clippy::unwrap_used,
@@ -16,6 +17,7 @@
     reason = "a bench: what fails ends it, and its result is what it prints"
 )]
 
+mod balance;
 mod engines;
 mod remote;
 
@@ -34,7 +36,11 @@ async fn main() {
     match arguments.first().map(String::as_str) {
         Some("bootstrap") => bootstrap(chains, ranks).await,
         Some("remote") => remote::measure(chains, ranks).await,
-        _ => panic!("bootstrap or remote?"),
+        Some("balance") => {
+            let address = |text: &String| text.parse().unwrap();
+            balance::run(address(&arguments[1]), arguments[2..].iter().map(address).collect()).await;
+        }
+        _ => panic!("bootstrap, remote or balance?"),
     }
 }
 
