@@ -82,6 +82,15 @@ enum Arguments {
     },
     /// One trace through kvlane and its peers to mock engines with real caches: hit rates and times to first token.
     Routing(routing::Arguments),
+    /// Tables of routing in BENCHMARKS.md from rows that were measured here or elsewhere.
+    RoutingReport {
+        /// Files of rows.
+        #[arg(required = true)]
+        rows: Vec<PathBuf>,
+        /// Where they go.
+        #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/../../BENCHMARKS.md"))]
+        page: PathBuf,
+    },
     /// Tables of BENCHMARKS.md from the rows.
     Report {
         /// Files of rows, if the parts of the grid were measured at once, by commas; they become one.
@@ -135,6 +144,7 @@ fn main() -> Result<()> {
             }
             report::run(root, &results)
         }
+        Arguments::RoutingReport { rows, page } => routing::report(&rows, &page),
     }
 }
 

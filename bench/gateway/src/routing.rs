@@ -8,6 +8,7 @@
 //! All processes share one machine: where `late` is more than a few milliseconds it is too small for the load, and times say little. Slower engines
 //! (`--engine-speed`) and fewer requests a second ask less of it and leave the choices as hard.
 
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -123,52 +124,88 @@ pub fn run(arguments: &Arguments, folder: &Folder, out: &Path) -> Result<()> {
     };
     let kinds: Vec<Kind> = ALL.into_iter().filter(chosen).collect();
     ensure!(!kinds.is_empty(), "--only names none of {}", ALL.map(Kind::name).join(", "));
-    let mut lines = Vec::new();
+    let mut rows = Vec::new();
     for speed in &arguments.speeds {
-        let mut results: Vec<Vec<Value>> = vec![Vec::new(); kinds.len()];
         for round in 0..arguments.rounds {
             for turn in 0..kinds.len() {
-                let at = (round as usize + turn) % kinds.len();
-                match one(kinds[at], *speed, round + 1, arguments, folder) {
-                    Ok(figures) => {
-                        let mut line = json!({ "router": kinds[at].name(), "speed": speed, "round": round });
-                        line["figures"] = figures.clone();
-                        lines.push(line.to_string());
-                        results[at].push(figures);
-                    }
-                    Err(error) => println!("left out: {}: {error:#}", kinds[at].name()),
+                let kind = kinds[(round as usize + turn) % kinds.len()];
+                match one(kind, *speed, round + 1, arguments, folder) {
+                    Ok(figures) => rows.push(json!({
+                        "router": kind.name(), "speed": speed, "round": round, "engines": arguments.engines,
+                        "engine_speed": arguments.engine_speed, "figures": figures,
+                    })),
+                    Err(error) => println!("left out: {}: {error:#}", kind.name()),
                 }
             }
         }
-        println!(
-            "\n{} engines, {} times the trace's pace; medians of {} rounds (least to most)\n",
-            arguments.engines, speed, arguments.rounds
-        );
-        println!("| router | hit rate % | TTFT p50, ms | TTFT p99, ms | in time % | failed | late p99, ms |");
-        println!("|---|---|---|---|---|---|---|");
-        for (kind, runs) in kinds.iter().zip(&results) {
-            if runs.is_empty() {
-                continue;
-            }
-            let cell = |of: &dyn Fn(&Value) -> f64| spread(runs.iter().map(of).collect());
-            let failed =
-                |v: &Value| v["requests"].as_f64().unwrap_or(0.0) - v["answered"].as_f64().unwrap_or(0.0);
-            println!(
-                "| {} | {} | {} | {} | {} | {} | {} |",
-                kind.name(),
-                cell(&|v| v["hit_rate"].as_f64().unwrap_or(0.0) * 100.0),
-                cell(&|v| v["first_token_ms"]["p50"].as_f64().unwrap_or(f64::NAN)),
-                cell(&|v| v["first_token_ms"]["p99"].as_f64().unwrap_or(f64::NAN)),
-                cell(&|v| v["in_time"].as_f64().unwrap_or(0.0) * 100.0),
-                cell(&failed),
-                cell(&|v| v["late_ms"]["p99"].as_f64().unwrap_or(f64::NAN)),
-            );
-        }
     }
+    println!("{}", tables(&rows));
     if let Some(folder) = out.parent() {
         std::fs::create_dir_all(folder)?;
     }
-    std::fs::write(out, lines.join("\n") + "\n").with_context(|| format!("cannot write {}", out.display()))
+    let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    std::fs::write(out, lines).with_context(|| format!("cannot write {}", out.display()))
+}
+
+/// Prints the tables of rows that [`run`] wrote, here or elsewhere, and puts them into `page` between `<!-- routing -->` and `<!-- end -->`.
+pub fn report(files: &[PathBuf], page: &Path) -> Result<()> {
+    let mut rows: Vec<Value> = Vec::new();
+    for file in files {
+        let text =
+            std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+        for line in text.lines() {
+            rows.push(
+                serde_json::from_str(line).with_context(|| format!("{} is no result", file.display()))?,
+            );
+        }
+    }
+    let block = tables(&rows);
+    println!("{block}");
+    let mut text = std::fs::read_to_string(page)?;
+    let open = "<!-- routing -->";
+    let start = text.find(open).context("BENCHMARKS.md has no place for the routing")? + open.len();
+    let end = start + text[start..].find("<!-- end -->").context("the place has no end")?;
+    text.replace_range(start..end, &format!("\n{block}"));
+    Ok(std::fs::write(page, text)?)
+}
+
+/// One table for each speed: medians over the rounds, least and most.
+fn tables(rows: &[Value]) -> String {
+    let mut out = String::new();
+    let mut speeds: Vec<f64> = rows.iter().filter_map(|row| row["speed"].as_f64()).collect();
+    speeds.sort_by(f64::total_cmp);
+    speeds.dedup();
+    for speed in speeds {
+        let of_speed = || rows.iter().filter(|row| row["speed"].as_f64() == Some(speed));
+        // Writing to a string does not fail.
+        let _ = write!(
+            out,
+            "\n**{speed:.1} times the trace's pace**\n\n| router | hit rate % | TTFT p50, ms | p90 | p99 | in time % | failed | late p99, ms | runs |\n|---|---|---|---|---|---|---|---|---|\n"
+        );
+        for kind in ALL {
+            let name = kind.name();
+            let runs: Vec<&Value> =
+                of_speed().filter(|row| row["router"] == *name).map(|row| &row["figures"]).collect();
+            if runs.is_empty() {
+                continue;
+            }
+            let cell = |of: &dyn Fn(&Value) -> f64| spread(runs.iter().map(|run| of(run)).collect());
+            let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+            let _ = writeln!(
+                out,
+                "| {name} | {} | {} | {} | {} | {} | {} | {} | {} |",
+                cell(&|v| number(&v["hit_rate"]) * 100.0),
+                cell(&|v| number(&v["first_token_ms"]["p50"])),
+                cell(&|v| number(&v["first_token_ms"]["p90"])),
+                cell(&|v| number(&v["first_token_ms"]["p99"])),
+                cell(&|v| number(&v["in_time"]) * 100.0),
+                cell(&|v| number(&v["requests"]) - number(&v["answered"])),
+                cell(&|v| number(&v["late_ms"]["p99"])),
+                runs.len(),
+            );
+        }
+    }
+    out
 }
 
 fn one(kind: Kind, speed: f64, seed: u64, arguments: &Arguments, folder: &Folder) -> Result<Value> {
@@ -185,6 +222,8 @@ fn one(kind: Kind, speed: f64, seed: u64, arguments: &Arguments, folder: &Folder
         .args([
             "--form",
             "letters",
+            "--model",
+            "mock",
             "--json",
             "-",
             "--speed",
@@ -208,6 +247,6 @@ fn one(kind: Kind, speed: f64, seed: u64, arguments: &Arguments, folder: &Folder
 fn spread(mut values: Vec<f64>) -> String {
     values.sort_by(f64::total_cmp);
     let (Some(least), Some(most)) = (values.first(), values.last()) else { return String::new() };
-    let median = values[values.len() / 2];
+    let median = f64::midpoint(values[(values.len() - 1) / 2], values[values.len() / 2]);
     if values.len() == 1 { format!("{median:.1}") } else { format!("{median:.1} ({least:.1}–{most:.1})") }
 }
